@@ -1,0 +1,1 @@
+"""Examples, tokenizers, packing and loading: from files to batches."""
