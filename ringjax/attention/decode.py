@@ -1,0 +1,73 @@
+"""Attention of a few new tokens over a long cache (Flash-Decoding)."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ringjax.attention import kernels, layouts, validate
+from ringjax.attention.api import Attention
+from ringjax.attention.merge import Partial, merge_across
+from ringjax.attention.reach import Reach
+
+# Up to this many new tokens all their scores are held at once, [B, N, T_new, S] float32: linear in the cache,
+# and one pass over K and V with nothing between the reads.
+FEW = 8
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"],
+    k_cache: Float[Array, "B S K H"],
+    v_cache: Float[Array, "B S K Hv"],
+    *,
+    lengths: Int[Array, " B"],
+    axis_name: str | None = None,
+    layout: str | layouts.Layout = "contiguous",
+    window: int | None = None,
+    reach: Reach | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Attention:
+    """Attention of the last T tokens of each row over a KV cache that already holds them.
+
+    `lengths` (integers `[B]`) counts the tokens in the cache, the new ones included: query t of row b is at
+    position `lengths[b] − T + t` and sees the positions up to its own, with `window` only the last `window`
+    of them. `reach` (int32 `[B, T]`) overrides that, in the same positions. Slots at or past `lengths` are
+    never seen, whatever they hold.
+
+    With `axis_name` (inside `shard_map`), q and lengths are the same on all devices of that axis and the caches
+    are shards of one of S·R slots, in `layout` order. Each device attends to its own slots and the partial
+    results are merged: one small reduction, no part of the cache moves (arXiv:2408.04093).
+
+    Returns out `[B, T, N, Hv]` in q's type (and lse `[B, N, T]` float32), the same on all devices.
+    """
+    validate.arrays(q, k_cache, v_cache, "k_cache", "v_cache")
+    batch, new = q.shape[:2]
+    order, slots = layouts.get(layout), k_cache.shape[1]
+    ring_size = 1 if axis_name is None else lax.axis_size(axis_name)
+    lengths = _lengths(lengths, batch)
+    index = lengths[:, None] - new + jnp.arange(new, dtype=jnp.int32)
+    if reach is None:
+        reach = Reach(index, jnp.zeros_like(index), max_ahead=0)
+        reach = reach if window is None else reach.within(window)
+    reach.validate(batch, new)
+    start, stop = reach.interval(index)
+    stop = jnp.minimum(stop, lengths[:, None])
+    shard = 0 if axis_name is None else lax.axis_index(axis_name)
+    lo, hi = (order.slots_below(x, shard, ring_size, slots) for x in (start, stop))
+    score = validate.score(scale, softcap, q.shape[-1])
+    kernel = kernels.choose("reference" if backend == "auto" and new <= FEW else backend, q, k_cache, v_cache)
+    part = Partial(*kernel.forward(q, k_cache, v_cache, lo, hi, score))
+    out, lse = part if axis_name is None else merge_across(part, axis_name)
+    out = out.astype(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _lengths(lengths, batch: int) -> Int[Array, " B"]:
+    lengths = jnp.asarray(lengths)
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths has shape {lengths.shape} and type {lengths.dtype}; give one integer a row, shape {(batch,)}"
+        )
+    return lengths.astype(jnp.int32)

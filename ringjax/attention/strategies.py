@@ -1,0 +1,123 @@
+"""The other ways for queries to meet keys on other devices; they share the ring's layouts, reach and kernels."""
+
+import dataclasses
+
+from einops import rearrange, reduce, repeat
+from jax import lax
+from jaxtyping import Array
+
+from ringjax.attention.kernels.base import Gradients, Kernel, Score
+from ringjax.attention.merge import Partial
+from ringjax.attention.ring import Ring
+
+STRATEGIES = ("ring", "all_gather", "ulysses", "hybrid")
+
+
+@dataclasses.dataclass(frozen=True)
+class AllGather:
+    """Every device gathers all of K and V and attends once: for short sequences and few devices.
+
+    Its memory grows with the whole sequence. dK and dV are summed over the devices in float32.
+    """
+
+    ring: Ring
+
+    def forward(self, kernel: Kernel, score: Score, q, k, v, start, stop) -> Partial:
+        return self._alone().forward(kernel, score, q, self._gather(k), self._gather(v), start, stop)
+
+    def backward(self, kernel: Kernel, score: Score, q, k, v, out, lse, dout, delta, start, stop) -> Gradients:
+        k, v = self._gather(k), self._gather(v)
+        grads = self._alone().backward(kernel, score, q, k, v, out, lse, dout, delta, start, stop)
+        return Gradients(grads.dq, self._scatter(grads.dk), self._scatter(grads.dv))
+
+    def _alone(self) -> Ring:
+        return dataclasses.replace(self.ring, size=1, width=self.ring.size, offsets=(0,))
+
+    def _gather(self, x: Array) -> Array:
+        whole = lax.all_gather(x, self.ring.axis_name, axis=1, tiled=True)
+        return self.ring.layout.restore(whole, self.ring.size, 1)
+
+    def _scatter(self, x: Array) -> Array:
+        permuted = self.ring.layout.permute(x, self.ring.size, 1)
+        return lax.psum_scatter(permuted, self.ring.axis_name, scatter_dimension=1, tiled=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ulysses:
+    """Groups of `ring.width` devices trade sequence for heads, attend, and trade back (arXiv:2309.14509).
+
+    Inside a group each device gets all of the group's tokens for its share of the heads; between groups K and V
+    go around `ring`. One group is plain Ulysses; several are the hybrid of USP (arXiv:2405.07719). K/V heads
+    fewer than the devices of a group are sent to each device that needs them.
+    """
+
+    ring: Ring
+
+    def forward(self, kernel: Kernel, score: Score, q, k, v, start, stop) -> Partial:
+        q, k, v = self._to_heads(q), self._to_heads(self._spread(k)), self._to_heads(self._spread(v))
+        out, lse = self.ring.forward(kernel, score, q, k, v, self._gather(start), self._gather(stop))
+        return Partial(self._to_sequence(out), self._rows_to_sequence(lse))
+
+    def backward(self, kernel: Kernel, score: Score, q, k, v, out, lse, dout, delta, start, stop) -> Gradients:
+        kv_heads = k.shape[2]
+        q, out, dout = self._to_heads(q), self._to_heads(out), self._to_heads(dout)
+        k, v = self._to_heads(self._spread(k)), self._to_heads(self._spread(v))
+        lse, delta = self._rows_to_heads(lse), self._rows_to_heads(delta)
+        start, stop = self._gather(start), self._gather(stop)
+        grads = self.ring.backward(kernel, score, q, k, v, out, lse, dout, delta, start, stop)
+        dq, dk, dv = (self._to_sequence(x) for x in grads)
+        return Gradients(dq, self._collect(dk, kv_heads), self._collect(dv, kv_heads))
+
+    def _to_heads(self, x: Array) -> Array:
+        """`[B, C, N, H]` on each device of the group -> `[B, width·C, N / width, H]`, slots ascending."""
+        return self.ring.layout.restore(self._trade(x, split=2, join=1), self.ring.width, 1)
+
+    def _to_sequence(self, x: Array) -> Array:
+        return self._trade(self.ring.layout.permute(x, self.ring.width, 1), split=1, join=2)
+
+    def _rows_to_heads(self, x: Array) -> Array:
+        return rearrange(self._to_heads(rearrange(x, "b n t -> b t n 1")), "b t n 1 -> b n t")
+
+    def _rows_to_sequence(self, x: Array) -> Array:
+        return rearrange(self._to_sequence(rearrange(x, "b n t -> b t n 1")), "b t n 1 -> b n t")
+
+    def _trade(self, x: Array, split: int, join: int) -> Array:
+        return lax.all_to_all(
+            x, self.ring.axis_name, split_axis=split, concat_axis=join, tiled=True, axis_index_groups=self._groups()
+        )
+
+    def _gather(self, x: Array) -> Array:
+        whole = lax.all_gather(x, self.ring.axis_name, axis=1, tiled=True, axis_index_groups=self._groups())
+        return self.ring.layout.restore(whole, self.ring.width, 1)
+
+    def _groups(self) -> list[list[int]] | None:
+        if self.ring.size == 1:
+            return None
+        return [[g * self.ring.width + i for i in range(self.ring.width)] for g in range(self.ring.size)]
+
+    def _spread(self, x: Array) -> Array:
+        return repeat(x, "b s k h -> b s (k copies) h", copies=max(1, self.ring.width // x.shape[2]))
+
+    def _collect(self, x: Array, kv_heads: int) -> Array:
+        return reduce(x, "b s (k copies) h -> b s k h", "sum", k=kv_heads)
+
+
+def check_name(strategy: str) -> None:
+    """Raises ValueError for a strategy that does not exist."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}; the strategies are {', '.join(map(repr, STRATEGIES))}")
+
+
+def check_heads(heads: int, kv_heads: int, width: int) -> None:
+    """Raises NotImplementedError when Ulysses cannot split the heads of one device over `width` devices."""
+    if heads % width or (kv_heads % width and width % kv_heads):
+        raise NotImplementedError(
+            f"ulysses over {width} devices cannot split {heads} query and {kv_heads} key/value heads a device evenly; "
+            "use strategy='ring', or 'hybrid' with a ulysses_size that divides both"
+        )
+
+
+def widest(heads: int, kv_heads: int, devices: int, most: int) -> int:
+    """The largest group that divides `devices`, splits the heads evenly and has at most `most` devices."""
+    fits = (w for w in range(min(devices, most), 0, -1) if devices % w == 0)
+    return next(w for w in fits if heads % w == 0 and (kv_heads % w == 0 or w % kv_heads == 0))

@@ -1,0 +1,65 @@
+"""The one gradient rule of all distributed attention."""
+
+import functools
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from ringjax.attention.kernels.base import Gradients, Kernel, Score, accumulator
+from ringjax.attention.merge import Partial
+
+
+class Strategy(Protocol):
+    """How queries and keys that live on different devices meet. Arrays are the local shards."""
+
+    def forward(self, kernel: Kernel, score: Score, q, k, v, start, stop) -> Partial: ...
+
+    def backward(self, kernel: Kernel, score: Score, q, k, v, out, lse, dout, delta, start, stop) -> Gradients: ...
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attend(
+    strategy: Strategy,
+    kernel: Kernel,
+    score: Score,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    start: Int[Array, "B T"],
+    stop: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
+    """Attention of each query over the global interval `start … stop − 1`: out in q's type, lse in float32.
+
+    Both are differentiable. What is kept for the backward pass is linear in the length: the inputs, out and
+    lse. The last two are named "attention_out" and "attention_lse" for `jax.checkpoint` policies; one that
+    saves them never repeats the attention.
+    """
+    return _attend(strategy, kernel, score, q, k, v, start, stop)
+
+
+def _attend(strategy, kernel, score, q, k, v, start, stop):
+    out, lse = strategy.forward(kernel, score, q, k, v, start, stop)
+    return out.astype(q.dtype), lse
+
+
+def _forward(strategy, kernel, score, q, k, v, start, stop):
+    out, lse = _attend(strategy, kernel, score, q, k, v, start, stop)
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return (out, lse), (q, k, v, out, lse, start, stop)
+
+
+def _backward(strategy, kernel, score, residuals, cotangents):
+    q, k, v, out, lse, start, stop = residuals
+    dout, dlse = cotangents
+    dtype = accumulator(q, k, v)
+    rows = jnp.sum(dout.astype(dtype) * out.astype(dtype), axis=-1)
+    delta = rearrange(rows, "b t n -> b n t") - dlse
+    grads = strategy.backward(kernel, score, q, k, v, out, lse, dout, delta, start, stop)
+    return grads.dq.astype(q.dtype), grads.dk.astype(k.dtype), grads.dv.astype(v.dtype), None, None
+
+
+attend.defvjp(_forward, _backward)
