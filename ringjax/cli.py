@@ -1,0 +1,193 @@
+"""The command line: `ringjax train`, `info`, `config show`, `tokenize`.
+
+Exit codes, for people and supervisors:
+
+    0    done                       2    wrong usage or config
+    1    failed                     75   preempted: saved, run the same command again (EX_TEMPFAIL)
+
+Errors are one line on standard error; `--debug` shows where they come from.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+OK, FAILED, USAGE, PREEMPTED = 0, 1, 2, 75
+
+
+class UsageError(ValueError):
+    """The command line is wrong."""
+
+
+class Command(NamedTuple):
+    """A subcommand: what it does on its arguments, and one line of help."""
+
+    run: Callable[[list[str]], int]
+    usage: str
+    help: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _dispatch(arguments)
+    except SystemExit as stop:  # tyro's help and usage errors
+        return stop.code if isinstance(stop.code, int) else OK
+    except KeyboardInterrupt:
+        return _report("interrupted", 130, debug)
+    except BrokenPipeError:  # the reader went away: `ringjax config show … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as error:
+        return _report(_message(error), _exit_code(error), debug)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return OK if arguments else USAGE
+    name, rest = arguments[0], arguments[1:]
+    if name == "--version":
+        import ringjax
+
+        print(f"ringjax {ringjax.__version__}")
+        return OK
+    if name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}; {_nearest(name, COMMANDS)}")
+    return COMMANDS[name].run(rest)
+
+
+def _overview() -> str:
+    lines = ["usage: ringjax COMMAND [--debug] …", ""]
+    lines += [f"  {command.usage:44s} {command.help}" for command in COMMANDS.values()]
+    return "\n".join([*lines, "", "ringjax COMMAND --help says more."])
+
+
+def _report(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    for line in message.splitlines():
+        print(f"ringjax: error: {line}", file=sys.stderr)
+    return code
+
+
+def _message(error: Exception) -> str:
+    expected = (ValueError, NotImplementedError, RuntimeError, OSError, ImportError)
+    text = str(error).strip()
+    if isinstance(error, expected) and text:
+        return text
+    return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
+
+
+def _exit_code(error: Exception) -> int:
+    from ringjax.training.stops import Preempted
+    from ringjax.training.yaml_tree import ConfigError
+
+    if isinstance(error, Preempted):
+        return PREEMPTED
+    return USAGE if isinstance(error, (UsageError, ConfigError, NotImplementedError)) else FAILED
+
+
+def _nearest(name: str, choices) -> str:
+    near = difflib.get_close_matches(name, choices, 1)
+    return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(choices)}"
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Positional arguments, and `--key value` / `--key=value` pairs in order; a key without value is `true`."""
+    positional, pairs, rest = [], [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            positional.append(argument)
+            continue
+        key, given, value = argument[2:].partition("=")
+        if not given:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        pairs.append((key.replace("-", "_"), value))
+    return positional, pairs
+
+
+def _load(arguments: list[str], command: str):
+    """The config named on the command line with its overrides; prints the help and leaves for `--help`."""
+    from ringjax.training.load import load_config
+
+    wants_help = any(argument in ("-h", "--help") for argument in arguments)
+    positional, pairs = split_overrides([a for a in arguments if a not in ("-h", "--help")])
+    if wants_help:
+        _config_help(command, load_config(positional[0], pairs) if positional else None)
+    if len(positional) != 1:
+        raise UsageError(f"ringjax {command} takes one CONFIG, not {len(positional)}: {' '.join(positional) or 'none'}")
+    return load_config(positional[0], pairs)
+
+
+def _config_help(command: str, config) -> None:
+    """Print every override with its type and value, and leave."""
+    import tyro
+
+    from ringjax.training.config import RunConfig
+    from ringjax.training.load import parse_config
+
+    config = config or parse_config("{model: {size: debug}, data: {}}")
+    tyro.cli(
+        RunConfig,
+        default=dataclasses.replace(config, stages=()),
+        args=["--help"],
+        prog=f"ringjax {command} CONFIG",
+        description="Overrides on top of CONFIG, with its values. Stages are set alike: --stages.0.training.steps 10",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        use_underscores=True,
+    )
+
+
+def _train(arguments: list[str]) -> int:
+    config = _load(arguments, "train")
+    from ringjax.training.loop import train
+
+    train(config)
+    return OK
+
+
+def _config(arguments: list[str]) -> int:
+    if not arguments or arguments[0] != "show":
+        raise UsageError("usage: ringjax config show CONFIG [--section.key value …]")
+    from ringjax.training.load import to_yaml
+
+    print(to_yaml(_load(arguments[1:], "config show")), end="")
+    return OK
+
+
+def _info(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: ringjax info\n\nVersions, devices, and attention backends with the reason where one can't be used.")
+        return OK
+    if arguments:
+        raise UsageError(f"ringjax info takes no arguments, not {' '.join(arguments)}")
+    from ringjax.info import report
+
+    print(report())
+    return OK
+
+
+def _tokenize(arguments: list[str]) -> int:
+    from ringjax.data.tokenize import run_tokenize
+
+    return run_tokenize(arguments) or OK
+
+
+COMMANDS = {
+    "train": Command(_train, "train CONFIG [--section.key value …]", "train, or go on where a run was stopped"),
+    "config": Command(_config, "config show CONFIG [--section.key value …]", "the resolved config as YAML"),
+    "tokenize": Command(_tokenize, "tokenize …", "text, pictures and clips to a data set"),
+    "info": Command(_info, "info", "devices, versions and attention backends"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training: configs, mesh, loss, optimizer, the compiled step, checkpoints, metrics and the loop around them."""

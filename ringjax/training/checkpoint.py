@@ -1,0 +1,231 @@
+"""Checkpoints: orbax writes the arrays while training goes on; a manifest written last says that one is whole.
+
+    run_dir/checkpoints/step_00000500/
+        params/, optimizer/      orbax (OCDBT), readable on any mesh
+        ringjax.json             step, stage, loader state, config, parameter shapes, checksums (manifest.py)
+
+A checkpoint without a valid manifest does not count: resuming takes the last whole one and says what it left out. An
+older one is removed only after a newer one is whole.
+"""
+
+import errno
+import functools
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ringjax.training.config import CheckpointConfig, RunConfig
+from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest, write_manifest
+from ringjax.training.typed import build
+from ringjax.training.yaml_tree import to_item
+
+FOLDER = "checkpoints"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says which one, why and what is left."""
+
+
+@functools.cache
+def _orbax():
+    # Its errors reach us as exceptions, which we report in one line; its own logging prints each of them many times.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    return ocp
+
+
+def flatten_named(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their dotted paths: a flat dict survives changes of container classes."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def unflatten_like(tree: Any, named: dict[str, Any]) -> Any:
+    """The inverse of `flatten_named`, with the structure of `tree`."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in flatten_named(tree)])
+
+
+def describe_arrays(tree: Any) -> dict[str, str]:
+    """Name -> "float32[2,256]" of every array, to compare two models."""
+    return {
+        name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in flatten_named(tree).items()
+    }  # fmt: skip
+
+
+def check_same_arrays(saved: dict[str, str], wanted: dict[str, str], where: str, what: str = "model") -> None:
+    """Raises CheckpointError that lists what differs between a checkpoint and this run's arrays."""
+    lines = [f"{n} is {saved[n]} there and {wanted[n]} here" for n in wanted if n in saved and saved[n] != wanted[n]]
+    lines += [f"{n} is only in the checkpoint" for n in saved if n not in wanted]
+    lines += [f"{n} is only in this {what}" for n in wanted if n not in saved]
+    if lines:
+        more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
+        raise CheckpointError(f"{where} is of another {what}: {'; '.join(lines[:8])}{more}; use another run_dir")
+
+
+def step_folders(folder: Path) -> list[tuple[int, Path]]:
+    """Step and path of every checkpoint folder, newest first, whole or not."""
+    found = [(re.fullmatch(r"step_(\d{1,12})", path.name), path) for path in folder.glob("step_*") if path.is_dir()]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def last_whole(folder: Path, verify: bool = True, say: Callable[[str], None] = print) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint and its manifest; `say`s which newer ones are left out and why."""
+    for _, path in step_folders(folder):
+        try:
+            return path, read_manifest(path, verify)
+        except DamagedCheckpoint as error:
+            say(f"checkpoint {error}; falling back to the one before it")
+    return None
+
+
+def load_arrays(path: Path, name: str, abstract: Any) -> Any:
+    """The arrays `name` ("params" or "optimizer") of a checkpoint, placed by the shardings of `abstract`."""
+    loaded = _orbax().load_checkpointables(path.absolute(), {name: flatten_named(abstract)})[name]
+    return unflatten_like(abstract, loaded)
+
+
+class CheckpointStore:
+    """Saves, keeps and finds the checkpoints of one run. All processes call it alike; process 0 writes the manifest."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, say: Callable[[str], None] = print):
+        self.folder = Path(run_dir).absolute() / FOLDER
+        self._config, self._say = config, say
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def tidy(self) -> None:
+        """Put aside what a kill left behind, so that its step can be saved again. Process 0, before training."""
+        for path in self.folder.glob(f"*{_TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for _, path in step_folders(self.folder):
+            try:
+                read_manifest(path, self._config.verify)
+                return
+            except DamagedCheckpoint:
+                if (path / NAME).exists():  # kept to be looked at; the newest replaces an older one of the same step
+                    shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
+                    path.rename(path.with_suffix(".damaged"))
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def save(self, step: int, arrays: dict[str, Any], info: dict[str, Any]) -> None:
+        """Start saving `arrays` (name -> pytree) and `info`; returns while the files are being written.
+
+        Raises CheckpointError when the save before this one, or the start of this one, failed.
+        """
+        self.wait()
+        path = self.folder / f"step_{step:08d}"
+        named = {name: flatten_named(tree) for name, tree in arrays.items()}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            response = _orbax().save_checkpointables_async(path, named)
+        except Exception as error:
+            self._failure = error
+            return self.poll()
+        self._thread = threading.Thread(target=self._finish, args=(response, path, info), name="checkpoint")
+        self._thread.start()
+        if not self._config.asynchronous:
+            self.wait()
+
+    def _finish(self, response, path: Path, info: dict[str, Any]) -> None:
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                write_manifest(path, info)
+                self._prune()
+        except BaseException as error:
+            self._failure = error
+
+    def _prune(self) -> None:
+        whole = [(step, path) for step, path in step_folders(self.folder) if (path / NAME).exists()]
+        for step, path in whole[self._config.keep_last :]:
+            if self._config.keep_every and step % self._config.keep_every == 0:
+                continue
+            (path / NAME).unlink()  # first: what is half removed must not look whole
+            shutil.rmtree(path, ignore_errors=True)
+
+    def poll(self) -> None:
+        """Raises CheckpointError if a save has failed; cheap, called every step."""
+        if self._failure is None:
+            return
+        failure, self._failure = self._failure, None
+        if jax.process_index() == 0:
+            self._remove_unfinished()
+        left = next((p for _, p in step_folders(self.folder) if (p / NAME).exists()), None)
+        last = f"the last whole checkpoint is {left}" if left else "there is no whole checkpoint yet"
+        raise CheckpointError(f"saving a checkpoint failed: {_reason(failure, self.folder)}; {last}") from failure
+
+    def _remove_unfinished(self) -> None:
+        for path in self.folder.glob(f"*{_TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for _, path in step_folders(self.folder):
+            if not (path / NAME).exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Wait for the running save, and raise CheckpointError if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    """One line for what went wrong; a full disk is named as such."""
+    chain, seen = error, []
+    while chain is not None and len(seen) < 10:
+        seen.append(chain)
+        chain = chain.__cause__ or chain.__context__
+    text = " ".join(str(e) for e in seen)
+    if any(getattr(e, "errno", None) == errno.ENOSPC for e in seen) or re.search("no space left|ENOSPC", text, re.I):
+        return f"the disk of {folder} is full; free some space and run the same command again"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def restore_model(run_dir: str | Path, *, step: int | None = None, parallel: Any = None, say=print):
+    """`(ModelConfig, model)` of a run's last whole checkpoint (or that of `step`), for inference.
+
+    The parameters are placed by `parallel.param_shardings`, or on the first device without one. Reads only.
+    Raises CheckpointError when there is no whole checkpoint.
+    """
+    from flax import nnx
+
+    from ringjax.models.transformer import Transformer
+
+    folder = Path(run_dir).absolute() / FOLDER
+    if step is not None:
+        path = folder / f"step_{step:08d}"
+        try:
+            info = read_manifest(path)
+        except DamagedCheckpoint as error:
+            have = ", ".join(str(s) for s, _ in step_folders(folder)) or "none"
+            raise CheckpointError(f"{error}; steps in {folder}: {have}") from None
+    else:
+        found = last_whole(folder, say=say)
+        if found is None:
+            raise CheckpointError(f"{run_dir} holds no whole checkpoint; train first (ringjax train CONFIG)")
+        path, info = found
+    config = build(RunConfig, to_item(info["config"], f"{path.name}/{NAME}"))
+    model_config = config.stage_list[info["stage"]].model
+    graph, abstract = nnx.split(Transformer.abstract(model_config))
+    check_same_arrays(info["parameters"], describe_arrays(abstract), str(path))
+    return model_config, nnx.merge(graph, load_arrays(path, "params", _placed(abstract, parallel)))
+
+
+def _placed(abstract: Any, parallel: Any) -> Any:
+    if parallel is None or parallel.mesh is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        parallel.param_shardings(abstract),
+    )

@@ -1,0 +1,139 @@
+"""Reading configs: file, `model.size`, overrides and stages become one checked `RunConfig`; and back to YAML."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ringjax.models.sizes import get_size
+from ringjax.training.config import STAGE_SECTIONS, RunConfig, StageConfig
+from ringjax.training.mesh import resolve_shape
+from ringjax.training.typed import build
+from ringjax.training.yaml_tree import ConfigError, Item, merge, parse_value, parse_yaml, set_path, to_item
+
+MAX_BYTES = 1 << 20
+
+
+def load_config(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> RunConfig:
+    """The config of a YAML file with `(dotted key, value)` overrides laid over it.
+
+    Raises ConfigError with one line for each problem; FileNotFoundError says which configs are near.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; there are {', '.join(near[:8])}" if near else ""
+        raise ConfigError(f"config {path} does not exist{hint}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"config {path} has {path.stat().st_size} bytes; a config has at most {MAX_BYTES}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path} is not UTF-8 text (byte {error.start})") from None
+    return parse_config(text, str(path), overrides)
+
+
+def parse_config(text: str, origin: str = "config", overrides: Iterable[tuple[str, str]] = ()) -> RunConfig:
+    """`load_config` of a text."""
+    tree = parse_yaml(text, origin)
+    for key, value in overrides:
+        tree = set_path(tree, key.split("."), parse_value(value, f"--{key}"))
+    try:
+        return build(RunConfig, _expand(tree))
+    except ConfigError as error:
+        raise ConfigError(_without_repeats(error.problems)) from None
+
+
+def _without_repeats(problems: list[str]) -> list[str]:
+    """A mistake in a section of the run shows again in every stage that takes it over: said once is enough."""
+    seen: dict[str, str] = {}
+    for problem in problems:
+        seen.setdefault(re.sub(r"stages\.\d+\.", "", problem), problem)
+    return list(seen.values())
+
+
+def _expand(tree: Item) -> Item:
+    """The tree with named model sizes written out and every stage completed from the sections of the run."""
+    stages = tree.value.get("stages", Item([], tree.where))
+    base = {name: tree.value[name] for name in STAGE_SECTIONS if name in tree.value}
+    if isinstance(stages.value, list):
+        full = [_expand_stage(Item(base, tree.where), stage) for stage in stages.value]
+        tree = Item({**tree.value, "stages": Item(full, stages.where)}, tree.where)
+    if "model" in base:
+        tree = Item({**tree.value, "model": _expand_size(base["model"])}, tree.where)
+    return tree
+
+
+def _expand_stage(base: Item, stage: Item) -> Item:
+    merged = merge(base, stage)
+    if not isinstance(merged.value, dict):
+        return merged
+    children = dict(merged.value)
+    for section in STAGE_SECTIONS:
+        children.setdefault(section, Item({}, stage.where))
+    children["model"] = _expand_size(children["model"])
+    return Item(children, merged.where)
+
+
+def _expand_size(model: Item) -> Item:
+    """`{size: 7b, rope_theta: 1e6}` -> every value of the named size, with the other keys laid over it."""
+    if not isinstance(model.value, dict) or "size" not in model.value:
+        return model
+    size = model.value["size"]
+    try:
+        named = get_size(size.value)
+    except ValueError as error:
+        raise ConfigError(f"{size.where}: model.size: {error}") from None
+    rest = {key: child for key, child in model.value.items() if key != "size"}
+    return merge(to_item(dataclasses.asdict(named), size.where), Item(rest, model.where))
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as YAML that reads back as the same config."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(child) for child in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def check_devices(config: RunConfig, device_count: int, simulated: bool = False) -> None:
+    """Check every stage against a number of devices, before anything runs; needs no device itself.
+
+    Raises ConfigError with one line for each problem.
+    """
+    problems = []
+    for stage in config.stage_list:
+        try:
+            _check_stage(stage, device_count, simulated)
+        except ValueError as error:
+            problems.append(f"stage {stage.name!r}: {error}" if config.stages else str(error))
+    if problems:
+        raise ConfigError(problems)
+
+
+def mesh_shape(stage: StageConfig, simulated: bool) -> str:
+    """The mesh string that a stage uses on simulated or on real devices."""
+    return stage.mesh.simulated_shape if simulated and stage.mesh.simulated_shape else stage.mesh.shape
+
+
+def _check_stage(stage: StageConfig, device_count: int, simulated: bool) -> None:
+    dp, fsdp, tp, sp = resolve_shape(mesh_shape(stage, simulated), device_count)
+    training = stage.training
+    micro = training.batch_size // training.accumulation
+    if micro % (dp * fsdp):
+        raise ValueError(
+            f"training.batch_size {training.batch_size} / accumulation {training.accumulation} = {micro} rows cannot"
+            f" be divided over dp {dp} · fsdp {fsdp} = {dp * fsdp} groups of devices"
+        )
+    sizes = {"dp": dp, "fsdp": fsdp, "tp": tp, "sp": sp}
+    stage.model.validate_mesh(sizes, seq_len=training.seq_len, layout=stage.mesh.layout)

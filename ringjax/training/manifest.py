@@ -1,0 +1,82 @@
+"""ringjax.json: what a checkpoint holds, and a checksum of every file, written last.
+
+A checkpoint is whole when this file is there, agrees with its own checksum, and every file it lists has the size and
+the SHA-256 written down. A kill before the last rename leaves no manifest; a cut or flipped file no longer matches it.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+NAME = "ringjax.json"
+FORMAT = 1
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not whole; the message says why."""
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+
+
+def write_manifest(folder: Path, info: dict[str, Any]) -> None:
+    """Write the manifest of a finished checkpoint: `info` and the checksums of all its files."""
+    paths = _files(folder)
+    with ThreadPoolExecutor(4) as pool:
+        digests = list(pool.map(_digest, paths))
+    files = {p.relative_to(folder).as_posix(): [p.stat().st_size, d] for p, d in zip(paths, digests)}
+    body = json.dumps({"format": FORMAT, **info, "files": files}, indent=1)
+    text = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n" + body
+    temporary = folder / (NAME + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / NAME)
+
+
+def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
+    """The manifest of a whole checkpoint; raises DamagedCheckpoint with the reason for any other.
+
+    `verify=False` leaves out the checksums of the files, not that of the manifest itself.
+    """
+    path = folder / NAME
+    try:
+        first, _, body = path.read_text(encoding="utf-8").partition("\n")
+        expected = json.loads(first)["sha256"]
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{folder.name} was not finished ({NAME} is missing)") from None
+    except (ValueError, KeyError, TypeError):
+        raise DamagedCheckpoint(f"{folder.name} is damaged: {NAME} cannot be read") from None
+    if hashlib.sha256(body.encode()).hexdigest() != expected:
+        raise DamagedCheckpoint(f"{folder.name} is damaged: {NAME} does not match its checksum")
+    info = json.loads(body)
+    if info.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"{folder.name} has format {info.get('format')!r}; this version reads {FORMAT}")
+    _check_files(folder, info["files"], verify)
+    return info
+
+
+def _check_files(folder: Path, files: dict[str, list], verify: bool) -> None:
+    for name, (size, _) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{folder.name} is damaged: {name} is missing")
+        if path.stat().st_size != size:
+            raise DamagedCheckpoint(f"{folder.name} is damaged: {name} has {path.stat().st_size} of {size} bytes")
+    if not verify:
+        return
+    with ThreadPoolExecutor(4) as pool:
+        digests = pool.map(lambda name: _digest(folder / name), files)
+        for (name, (_, expected)), digest in zip(files.items(), digests):
+            if digest != expected:
+                raise DamagedCheckpoint(f"{folder.name} is damaged: {name} does not match its checksum")

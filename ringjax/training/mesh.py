@@ -1,0 +1,100 @@
+"""The mesh `dp,fsdp,tp,sp`: four numbers, one of which may be -1 and takes the devices that are left.
+
+    dp     copies of the model, each on other rows          fsdp   rows too, with the parameters cut over them
+    tp     heads and feed-forward cut over devices           sp     the ring: the sequence cut over devices
+"""
+
+import logging
+import math
+import os
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+AXES = ("dp", "fsdp", "tp", "sp")
+
+log = logging.getLogger(__name__)
+
+# Eight simulated devices on two busy cores can wait for each other far longer than XLA's patience of 40 s, which ends
+# the process.
+_CPU_FLAGS = (
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
+)
+
+
+def check_shape(shape: str) -> tuple[int, ...]:
+    """The four numbers of a mesh string; raises ValueError for anything else."""
+    parts = [part.strip() for part in shape.split(",")]
+    if len(parts) != len(AXES) or not all(re.fullmatch(r"-1|[1-9][0-9]{0,5}", part) for part in parts):
+        raise ValueError(
+            f"mesh shape {shape!r} must be four numbers {','.join(AXES)}, each at least 1 or one of them -1,"
+            " such as '1,-1,1,4'"
+        )
+    numbers = tuple(int(part) for part in parts)
+    if numbers.count(-1) > 1:
+        raise ValueError(f"mesh shape {shape!r} has {numbers.count(-1)} times -1; only one axis can be inferred")
+    return numbers
+
+
+def resolve_shape(shape: str, device_count: int) -> tuple[int, int, int, int]:
+    """The mesh string with its -1 filled in; raises ValueError where it does not fit `device_count` devices."""
+    numbers = check_shape(shape)
+    known = math.prod(n for n in numbers if n != -1)
+    named = " · ".join(f"{axis} {n}" for axis, n in zip(AXES, numbers) if n != -1)
+    if known > device_count:
+        raise ValueError(
+            f"mesh shape {shape!r} asks for {known} devices ({named}) and there are {device_count}; "
+            "ask for fewer, or simulate them on the CPU with mesh.simulated_devices"
+        )
+    if -1 in numbers:
+        if device_count % known:
+            raise ValueError(
+                f"mesh shape {shape!r}: {device_count} devices cannot be divided by {known} ({named}) to infer"
+                f" {AXES[numbers.index(-1)]}"
+            )
+        return tuple(device_count // known if n == -1 else n for n in numbers)
+    if known != device_count:
+        raise ValueError(
+            f"mesh shape {shape!r} uses {known} of {device_count} devices ({named}); write one axis as -1 to use all"
+        )
+    return numbers
+
+
+def make_mesh(shape: str, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of `shape` over `devices` (default: all), with names dp, fsdp, tp, sp."""
+    devices = jax.devices() if devices is None else devices
+    sizes = resolve_shape(shape, len(devices))
+    axis_types = (AxisType.Auto,) * len(AXES)
+    if devices[0].platform == "cpu":
+        # make_mesh orders CPU devices as they come; written out, the rows of a process are always neighbours.
+        return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=axis_types)
+    return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+
+
+def simulate_devices(count: int) -> None:
+    """Ask for `count` simulated CPU devices; call before JAX starts. Accelerators, where there are any, are used.
+
+    Raises ValueError when JAX runs already with fewer devices.
+    """
+    if not count:
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    missing = [flag for flag in _CPU_FLAGS if flag.split("=")[0] not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        have = len(jax.devices("cpu"))
+        if have < count:
+            raise ValueError(
+                f"simulated_devices is {count}, but JAX runs already with {have} CPU devices; "
+                "set it before the first use of JAX"
+            ) from None
+
+
+def is_simulated() -> bool:
+    """Whether the devices in use are CPU devices."""
+    return jax.devices()[0].platform == "cpu"

@@ -1,0 +1,127 @@
+"""One training step: the exact weighted loss of a whole batch, its gradient, and AdamW, in one compiled program."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ringjax.models.config import ModelConfig
+from ringjax.models.parallel import Parallel
+from ringjax.models.transformer import Transformer
+from ringjax.training.config import OptimizerConfig
+from ringjax.training.loss import LossSums, cross_entropy
+from ringjax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
+
+Batch = dict[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+
+
+class TrainState(NamedTuple):
+    """What a step changes. Nothing in a step is random, so there is no key."""
+
+    step: Int[Array, ""]
+    params: Any
+    optimizer: Any
+
+
+class Trainer(NamedTuple):
+    """The compiled functions of a stage and the shardings of its state."""
+
+    graph: Any
+    abstract: TrainState
+    init: Callable[[int], TrainState]
+    fresh_optimizer: Callable[[Any], Any]
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[Any, Batch], LossSums]
+
+
+def make_trainer(model: ModelConfig, config: OptimizerConfig, parallel: Parallel, *, steps: int, start: int) -> Trainer:
+    """The functions of a stage of `steps` steps that begins at step `start` of the run.
+
+    `abstract` holds shapes, dtypes and shardings of the whole state: what a checkpoint is restored to.
+    """
+    optimizer = make_optimizer(config)
+    graph, abstract_params = nnx.split(Transformer.abstract(model))
+    param_shardings = parallel.param_shardings(abstract_params)
+    everywhere = jax.sharding.NamedSharding(parallel.mesh, jax.sharding.PartitionSpec())
+    shardings = TrainState(
+        everywhere,
+        param_shardings,
+        optimizer_shardings(optimizer, abstract_params, param_shardings, parallel.mesh),
+    )
+
+    def init(seed) -> TrainState:
+        params = nnx.split(Transformer(model, nnx.Rngs(seed)))[1]
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def loss_sums(params, batch: Batch) -> tuple[Float[Array, ""], LossSums]:
+        sums = batch_loss(nnx.merge(graph, params), batch, parallel, model.loss_chunk)
+        return sums.text_loss_sum + sums.vision_loss_sum, sums
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, sums = accumulate(jax.grad(loss_sums, has_aux=True), state.params, batch, param_shardings)
+        weight = jnp.maximum(sums.text_weight + sums.vision_weight, jnp.finfo(jnp.float32).tiny)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        with jax.named_scope("optimizer"):
+            rate = learning_rate(config, state.step - start, steps)
+            direction, opt_state = optimizer.update(grads, state.optimizer, state.params)
+            params = jax.tree.map(lambda w, d: (w - rate * d).astype(w.dtype), state.params, direction)
+        metrics = {**loss_metrics(sums), "grad_norm": optax.global_norm(grads), "learning_rate": rate}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    def evaluate(params, batch: Batch) -> LossSums:
+        return jax.lax.map(lambda micro: loss_sums(params, micro)[1], batch)
+
+    abstract = jax.eval_shape(init, 0)
+    return Trainer(
+        graph=graph,
+        abstract=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        ),
+        init=jax.jit(init, out_shardings=shardings, static_argnums=0),
+        fresh_optimizer=jax.jit(optimizer.init, out_shardings=shardings.optimizer),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        evaluate=jax.jit(evaluate, out_shardings=everywhere),
+    )
+
+
+def batch_loss(model: Transformer, batch: Batch, parallel: Parallel, chunk: int) -> LossSums:
+    """Sums of weighted losses and of weights of one micro-batch `[B, T]`, by modality."""
+    reach = (batch["behind"], batch["ahead"])
+    hidden = model.hidden(batch["tokens"], batch["modality"], batch["positions"], reach, parallel=parallel)
+    return cross_entropy(model, hidden, batch, parallel=parallel, chunk=chunk)
+
+
+def accumulate(gradient: Callable, params: Any, batch: Batch, shardings: Any) -> tuple[Any, LossSums]:
+    """Sums over the micro-batches `[A, B, T]` of what `gradient` gives for each `[B, T]`.
+
+    Sums of weighted losses are added, and divided once by the weight of the whole batch: a mean of means would weigh
+    tokens by the micro-batch they happen to be in.
+    """
+
+    def one(micro: Batch):
+        grads, sums = gradient(params, micro)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        # Gradients are summed where their parameters lie: a reduce-scatter, not an all-reduce, over fsdp.
+        return jax.lax.with_sharding_constraint(grads, shardings), sums
+
+    if batch["tokens"].shape[0] == 1:
+        return one(jax.tree.map(lambda x: x[0], batch))
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(lambda carry, micro: (jax.tree.map(jnp.add, carry, one(micro)), None), zeros, batch)
+    return total
+
+
+def loss_metrics(sums: LossSums) -> Metrics:
+    """Mean losses, over all tokens and by modality; NaN where a modality has no token in the batch."""
+    loss, weight = sums.text_loss_sum + sums.vision_loss_sum, sums.text_weight + sums.vision_weight
+    return {
+        "loss": loss / weight,
+        "text_loss": sums.text_loss_sum / sums.text_weight,
+        "vision_loss": sums.vision_loss_sum / sums.vision_weight,
+    }

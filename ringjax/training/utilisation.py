@@ -1,0 +1,46 @@
+"""Model FLOP/s utilisation (MFU): useful FLOP/s of a training step over the peak of the devices.
+
+    FLOPs of a row = 6 · parameters · T + 6 · layers · (N·H) · T²
+
+6 a parameter and token: 2 forward, 4 backward. Attention: 4·N·H·T² forward for the two products, half of it under a
+causal mask, backward twice the forward: 6·N·H·T² a layer. Recomputation is not counted, nor is packing: a packed row
+counts as a full causal one, as it does elsewhere, so that numbers can be compared.
+Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
+"""
+
+import re
+
+# Dense bfloat16 FLOP/s of one device of JAX, from the makers' data sheets.
+_PEAKS = (
+    (r"tpu v6 ?lite|tpu v6e", 918e12),
+    (r"tpu v5p|tpu v5$", 459e12),
+    (r"tpu v5 ?lite|tpu v5e", 197e12),
+    (r"tpu v4", 275e12),
+    (r"b200", 2250e12),
+    (r"h200|h100", 989e12),
+    (r"a100", 312e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of a device of this kind, None when it isn't known.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3")
+    989000000000000.0
+    """
+    for pattern, peak in _PEAKS:
+        if re.search(pattern, device_kind.lower()):
+            # The PCIe H100 has fewer cores and lower clocks than the SXM one.
+            return 756e12 if "h100 pcie" in device_kind.lower() else peak
+    return None
+
+
+def flops_per_row(parameters: int, layers: int, width: int, seq_len: int) -> float:
+    """Useful FLOPs of forward and backward for one row of `seq_len` tokens; `width` is heads · head size."""
+    return 6.0 * parameters * seq_len + 6.0 * layers * width * float(seq_len) ** 2
+
+
+def mfu(flops: float, seconds: float, device_kind: str, device_count: int) -> float | None:
+    """Share of the peak that `flops` in `seconds` on `device_count` devices are, None when the peak isn't known."""
+    peak = peak_flops(device_kind)
+    return None if peak is None or seconds <= 0 else flops / seconds / (peak * device_count)
