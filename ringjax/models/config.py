@@ -1,0 +1,244 @@
+"""The shape of a model, checked when it is read."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+
+from ringjax.attention import layouts
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Remat = Literal["none", "full", "save_attention", "offload"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's frequencies change for contexts longer than those the model was first trained on.
+
+    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595); `llama3` only those whose
+    wavelength is long (Llama 3.1); `yarn` blends by the number of turns and sharpens attention (Peng et al. 2023,
+    arXiv:2309.00071). The fields have the names that published models give them.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    """The rule."""
+    factor: float
+    """New context over old context."""
+    original_max_position: int | None = None
+    """Tokens of the old context (llama3 and yarn)."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original / low_freq_factor are divided by `factor` fully."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original / high_freq_factor are left alone."""
+    beta_fast: float = 32.0
+    """yarn: pairs that turn more often than this in the old context are left alone."""
+    beta_slow: float = 1.0
+    """yarn: pairs that turn less often than this are divided by `factor` fully."""
+    attention_factor: float | None = None
+    """yarn: what cosines and sines are multiplied by; null: 0.1·ln(factor) + 1 (or from the mscales)."""
+    mscale: float | None = None
+    """yarn, with `mscale_all_dim`: the numerator's slope in place of 0.1 · 1 (DeepSeek)."""
+    mscale_all_dim: float | None = None
+    """yarn: the denominator's slope."""
+    truncate: bool = True
+    """yarn: whether the ends of the blend are rounded to whole pairs."""
+
+    def __post_init__(self):
+        _one_of("rope_scaling.kind", self.kind, ("linear", "llama3", "yarn"))
+        _at_least("rope_scaling.factor", self.factor, 1.0)
+        if self.kind != "linear":
+            if self.original_max_position is None:
+                raise ValueError(
+                    f"rope_scaling.kind {self.kind!r} needs original_max_position, the tokens of the context that the"
+                    " model was first trained on"
+                )
+            _at_least("rope_scaling.original_max_position", self.original_max_position, 1)
+        for slow, fast in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if not 0 < getattr(self, slow) < getattr(self, fast):
+                raise ValueError(
+                    f"rope_scaling.{slow} {getattr(self, slow)} must lie between 0 and {fast} {getattr(self, fast)}"
+                )
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            raise ValueError("rope_scaling.mscale and mscale_all_dim belong together; set both or neither")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """An LLaMA-like transformer with two token tables and two heads, one for text and one for vision (LWM).
+
+    Raises ValueError for sizes that do not fit each other.
+    """
+
+    width: int
+    """D, the size of the residual stream."""
+    ffn_width: int
+    """F, the inner size of the SwiGLU feed-forward."""
+    layers: int
+    """Transformer blocks."""
+    heads: int
+    """N, query heads."""
+    kv_heads: int | None = None
+    """K, key/value heads; must divide heads; null: as many as heads."""
+    head_dim: int | None = None
+    """H, even; null: width / heads."""
+    vocab_size: int = 32000
+    """Text ids."""
+    vision_vocab_size: int = 8448
+    """Vision ids; 0: a text model without the vision table and head."""
+    vision_codes: int = 8192
+    """Ids of image codes are below this; this one ends a frame, the next ends the vision."""
+    rope_theta: float = 10000.0
+    """RoPE's base."""
+    rope_scaling: RopeScaling | None = None
+    """RoPE's rule for longer contexts."""
+    norm_eps: float = 1e-6
+    """Added to RMSNorm's mean square."""
+    tie_embeddings: bool = False
+    """Whether the heads are the transposed token tables."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have a bias (Qwen)."""
+    window: int | None = None
+    """Sliding window: a token sees this many tokens, itself included; null: all before it."""
+    softcap: float | None = None
+    """Attention scores are softcap · tanh(score / softcap); null: as they are."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    dtype: Dtype = "bfloat16"
+    """Of activations and matrix products."""
+    param_dtype: Dtype = "float32"
+    """Of the parameters."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: nothing, everything, everything but attention, or that with what is kept in
+    host memory."""
+    ffn_chunk: int | None = None
+    """Blockwise feed-forward: tokens of a device at a time; null: all at once."""
+    loss_chunk: int = 1024
+    """Tokens of a device whose logits exist at a time."""
+
+    def __post_init__(self):
+        for name in ("width", "ffn_width", "layers", "heads", "vocab_size", "loss_chunk"):
+            _at_least(name, getattr(self, name), 1, whole=True)
+        for name in ("kv_heads", "head_dim", "window", "ffn_chunk"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1, whole=True)
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            _positive(name, getattr(self, name))
+        if self.softcap is not None:
+            _positive("softcap", self.softcap)
+        for name, choices in (("dtype", get_args(Dtype)), ("param_dtype", get_args(Dtype)), ("remat", get_args(Remat))):
+            _one_of(name, getattr(self, name), choices)
+        self._check_heads()
+        self._check_vision()
+
+    def _check_heads(self) -> None:
+        if self.heads % self.key_heads:
+            divisors = ", ".join(str(k) for k in range(1, self.heads + 1) if self.heads % k == 0)
+            raise ValueError(
+                f"kv_heads {self.key_heads} does not divide heads {self.heads}: every key head serves the same number of"
+                f" query heads; use one of {divisors}"
+            )
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}; set head_dim")
+        if self.head_size % 2:
+            raise ValueError(
+                f"head_dim {self.head_size} is odd and RoPE turns pairs; use {self.head_size + 1} or other heads"
+            )
+
+    def _check_vision(self) -> None:
+        _at_least("vision_vocab_size", self.vision_vocab_size, 0, whole=True)
+        _at_least("vision_codes", self.vision_codes, 1, whole=True)
+        if self.vision_vocab_size and self.vision_vocab_size < self.vision_codes + 2:
+            raise ValueError(
+                f"vision_vocab_size {self.vision_vocab_size} must hold vision_codes {self.vision_codes} codes and two"
+                f" end marks; use at least {self.vision_codes + 2}, or 0 for a model without vision"
+            )
+
+    @property
+    def key_heads(self) -> int:
+        """K: kv_heads, or heads where it is null."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """H: head_dim, or width / heads where it is null."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def end_of_frame(self) -> int:
+        """The vision id after every frame but the last."""
+        return self.vision_codes
+
+    @property
+    def end_of_vision(self) -> int:
+        """The vision id after the last frame, and after a single picture."""
+        return self.vision_codes + 1
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """`dtype` as a type."""
+        return jnp.dtype(self.dtype)
+
+    @property
+    def storage_dtype(self) -> jnp.dtype:
+        """`param_dtype` as a type."""
+        return jnp.dtype(self.param_dtype)
+
+    def parameter_count(self, vision: bool = True) -> int:
+        """How many parameters the model has; without the vision table and head where `vision` is false."""
+        q, kv = self.heads * self.head_size, self.key_heads * self.head_size
+        attention = 2 * self.width * (q + kv) + (q + 2 * kv if self.qkv_bias else 0)
+        block = attention + 3 * self.width * self.ffn_width + 2 * self.width
+        tables = (1 if self.tie_embeddings else 2) * (self.vocab_size + (self.vision_vocab_size if vision else 0))
+        return self.layers * block + tables * self.width + self.width
+
+    def validate_mesh(
+        self, mesh_shape: Mapping[str, int], *, seq_len: int | None = None, layout: str = "striped", batch: int | None = None
+    ) -> None:
+        """Raises ValueError where the model, or rows of `seq_len` tokens, cannot be cut over such a mesh.
+
+        `mesh_shape` maps axis names (dp, fsdp, tp, sp; absent means 1) to sizes, as `mesh.shape` does.
+        """
+        tp, sp = mesh_shape.get("tp", 1), mesh_shape.get("sp", 1)
+        cut = {"heads": self.heads, "ffn_width": self.ffn_width, "vocab_size": self.vocab_size}
+        if self.vision_vocab_size:
+            cut["vision_vocab_size"] = self.vision_vocab_size
+        if self.key_heads % tp and tp % self.key_heads:
+            raise ValueError(
+                f"tp {tp} neither divides kv_heads {self.key_heads} nor is a multiple of it; use a tp that does one of"
+                " both and divides heads"
+            )
+        for name, size in cut.items():
+            if size % tp:
+                usable = math.gcd(*cut.values())
+                raise ValueError(
+                    f"tp {tp} does not divide {name} {size}; use a tp that divides {usable}"
+                    + (", or pad the vocabulary" if "vocab" in name else "")
+                )
+        if seq_len is not None:
+            layouts.get(layout).validate(seq_len, sp)
+        rows = mesh_shape.get("dp", 1) * mesh_shape.get("fsdp", 1)
+        if batch is not None and batch % rows:
+            raise ValueError(
+                f"batch {batch} cannot be cut over dp·fsdp = {rows} groups of devices; use a multiple of {rows}"
+            )
+
+
+def _one_of(name: str, value, choices) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, choices))}{hint}")
+
+
+def _at_least(name: str, value, least: float, whole: bool = False) -> None:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value < least:
+        raise ValueError(f"{name} {value!r} must be a {'whole ' if whole else ''}number of at least {least}")
+
+
+def _positive(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} {value!r} must be a finite number above 0")

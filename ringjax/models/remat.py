@@ -1,0 +1,64 @@
+"""What the backward pass keeps of each block and what it computes again, by name.
+
+| name | kept | computed again |
+| --- | --- | --- |
+| none | everything | nothing |
+| full | the block's input | everything, attention too |
+| save_attention | the block's input, attention's output and lse | everything but attention |
+| offload | the same, in host memory | everything but attention |
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from ringjax.models.parallel import Parallel
+
+BLOCK_INPUT = "block_input"
+# The names that attention's gradient rule gives to what its backward pass needs (ringjax/attention/vjp.py).
+ATTENTION = ("attention_out", "attention_lse")
+
+
+def rematerialise(block: Callable, name: str, parallel: Parallel) -> Callable:
+    """`block(x, …)` under the policy called `name` (`ModelConfig.remat`), for use inside a scan.
+
+    Raises NotImplementedError for 'offload' on devices without pinned host memory.
+    """
+    if name == "none":
+        return block
+    if name == "offload":
+        _require_host_memory(parallel)
+
+    @functools.wraps(block)
+    def named(x, *rest):
+        # By this name a policy can put the input elsewhere; unnamed inputs always stay in device memory.
+        return block(checkpoint_name(x, BLOCK_INPUT), *rest)
+
+    # Nothing outside a scan's body can be merged with its recomputation, so barriers would only slow it down.
+    return jax.checkpoint(named, policy=_policy(name), prevent_cse=False)
+
+
+def _policy(name: str) -> Callable:
+    policies = jax.checkpoint_policies
+    if name == "full":
+        return policies.nothing_saveable
+    if name == "save_attention":
+        return policies.save_only_these_names(*ATTENTION)
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT, *ATTENTION],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+def _require_host_memory(parallel: Parallel) -> None:
+    device = jax.local_devices()[0] if parallel.mesh is None else parallel.mesh.local_devices[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if "pinned_host" not in kinds:
+        raise NotImplementedError(
+            f"remat 'offload' needs pinned host memory, and {device.platform} devices here have {', '.join(kinds)};"
+            " use 'save_attention'"
+        )

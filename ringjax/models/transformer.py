@@ -1,0 +1,252 @@
+"""The any-to-any transformer of LWM (Liu et al. 2024, arXiv:2402.08268): LLaMA blocks, two tables, two heads.
+
+Parameters are named as in LWM: `wte`, `vte`, `h/{attention/{wq,wk,wv,wo}, feed_forward/{w1,w2,w3}, attention_norm,
+ffn_norm}`, `ln_f`, `lm_head`, `vision_head`. Those under `h` are stacked along a leading layers axis.
+"""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from ringjax.attention import Reach
+from ringjax.models.cache import KVCache, append_and_attend, check_capacity, widen
+from ringjax.models.config import ModelConfig
+from ringjax.models.feed_forward import FeedForward
+from ringjax.models.layers import Embedding, Linear, RMSNorm, look_up
+from ringjax.models.parallel import Parallel
+from ringjax.models.remat import rematerialise
+from ringjax.models.rope import rotate, rotations
+
+_ONE_DEVICE = Parallel()
+
+
+class SelfAttention(nnx.Module):
+    """Queries, keys and values with RoPE, and the projection of what attention returns."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        queries, keys = config.heads * config.head_size, config.key_heads * config.head_size
+        bias = config.qkv_bias
+        self.wq = Linear(config.width, queries, ("embed", "heads"), config, rngs, bias)
+        self.wk = Linear(config.width, keys, ("embed", "kv_heads"), config, rngs, bias)
+        self.wv = Linear(config.width, keys, ("embed", "kv_heads"), config, rngs, bias)
+        self.wo = Linear(queries, config.width, ("heads", "embed"), config, rngs)
+
+    def project(self, x: Float[Array, "B T D"], cos: Array, sin: Array, parallel: Parallel):
+        """q `[B, T, N, H]` and k `[B, T, K, H]`, both rotated, and v."""
+        q = self._split(self.wq(x, parallel), "heads", parallel)
+        k = self._split(self.wk(x, parallel), "kv_heads", parallel)
+        v = self._split(self.wv(x, parallel), "kv_heads", parallel)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def output(self, attended: Float[Array, "B T N H"], parallel: Parallel) -> Float[Array, "B T D"]:
+        """The heads joined and projected."""
+        return self.wo(attended.reshape(*attended.shape[:2], -1), parallel)
+
+    def _split(self, x: Float[Array, "B T I"], axis: str, parallel: Parallel):
+        heads = x.reshape(*x.shape[:2], -1, self.config.head_size)
+        return parallel.constrain(heads, "batch", "sequence", axis, None)
+
+
+class Block(nnx.Module):
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.attention_norm = RMSNorm(config.width, config)
+        self.attention = SelfAttention(config, rngs)
+        self.ffn_norm = RMSNorm(config.width, config)
+        self.feed_forward = FeedForward(config, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], cos, sin, reach: Reach | None, parallel: Parallel):
+        """The block's output, and its keys (rotated) and values."""
+        with jax.named_scope("attention"):
+            q, k, v = self.attention.project(self.attention_norm(x), cos, sin, parallel)
+            attended = parallel.attend(q, k, v, reach, window=self.config.window, softcap=self.config.softcap)
+            x = x + self.attention.output(attended, parallel)
+        return self._feed(x, parallel), (k, v)
+
+    def decode(self, x: Float[Array, "B T D"], cos, sin, k_cache, v_cache, lengths, parallel: Parallel):
+        """The same for T new tokens after the `lengths` ones in the caches; gives the caches with them."""
+        with jax.named_scope("attention"):
+            q, k, v = self.attention.project(self.attention_norm(x), cos, sin, parallel)
+            attended, k_cache, v_cache = append_and_attend(
+                q, k, v, k_cache, v_cache, lengths, parallel=parallel, window=self.config.window,
+                softcap=self.config.softcap,
+            )  # fmt: skip
+            x = x + self.attention.output(attended, parallel)
+        return self._feed(x, parallel), (k_cache, v_cache)
+
+    def _feed(self, x, parallel: Parallel):
+        with jax.named_scope("feed_forward"):
+            x = x + self.feed_forward(self.ffn_norm(x), parallel)
+        return parallel.constrain(x, "batch", "sequence", None)
+
+
+class Transformer(nnx.Module):
+    """Text and vision tokens in one stream; see `ModelConfig`.
+
+    `tokens` are ids in the table that `modality` says (True: vision), `positions` are what RoPE turns by and `reach` is
+    what each token sees (None: causal). All are `[B, T]`, in the layout order of `parallel`.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.wte = Embedding(config.vocab_size, config, rngs)
+        self.h = _stacked_blocks(config, rngs)
+        self.ln_f = RMSNorm(config.width, config)
+        vision, tied = config.vision_vocab_size > 0, config.tie_embeddings
+        self.vte = Embedding(config.vision_vocab_size, config, rngs) if vision else None
+        self.lm_head = None if tied else _head(config.vocab_size, config, rngs)
+        self.vision_head = _head(config.vision_vocab_size, config, rngs) if vision and not tied else None
+
+    @classmethod
+    def abstract(cls, config: ModelConfig) -> Self:
+        """The model with shapes in place of arrays: nothing is allocated."""
+        return nnx.eval_shape(lambda: cls(config, nnx.Rngs(0)))
+
+    @classmethod
+    def create(cls, config: ModelConfig, seed: int, parallel: Parallel = _ONE_DEVICE) -> Self:
+        """The model with fresh parameters, each made where it lives. They do not depend on the mesh."""
+        graph, state = nnx.split(cls.abstract(config))
+        shardings = None if parallel.mesh is None else parallel.param_shardings(state)
+        make = jax.jit(lambda key: nnx.state(cls(config, nnx.Rngs(params=key))), out_shardings=shardings)
+        return nnx.merge(graph, make(jax.random.key(seed)))
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        modality: Bool[Array, "B T"],
+        positions: Int[Array, "B T"],
+        reach: Reach | None = None,
+        *,
+        parallel: Parallel = _ONE_DEVICE,
+    ) -> Float[Array, "B T D"]:
+        """The final norm's output. Memory is linear in T: no logits, nothing T × T."""
+        x, _ = self._scan(tokens, modality, positions, reach, parallel, keep=lambda k, v: None)
+        return self.ln_f(x)
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        modality: Bool[Array, "B T"],
+        positions: Int[Array, "B T"],
+        reach: Reach | None = None,
+        *,
+        cache_length: int,
+        lengths: Int[Array, " B"] | None = None,
+        parallel: Parallel = _ONE_DEVICE,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """`hidden`, and the cache of the first `lengths` `[B]` tokens (None: all T) with room for `cache_length`.
+
+        Rows of different lengths are padded at the end: new tokens overwrite the padding's slots.
+        """
+        batch, length = tokens.shape
+        check_capacity(length, cache_length, parallel)
+        x, (k, v) = self._scan(
+            tokens, modality, positions, reach, parallel,
+            keep=lambda k, v: (widen(k, cache_length, parallel), widen(v, cache_length, parallel)),
+        )  # fmt: skip
+        lengths = jnp.full((batch,), length, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+        return self.ln_f(x), KVCache(k, v, lengths)
+
+    def decode(
+        self,
+        tokens: Int[Array, "B T"],
+        modality: Bool[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: KVCache,
+        *,
+        parallel: Parallel = _ONE_DEVICE,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """`hidden` of T new tokens after those in the cache (in ascending order), and the cache with them."""
+        cos, sin = self._rotations(positions)
+        graph, blocks = nnx.split(self.h)
+
+        def step(x, layer):
+            state, k_cache, v_cache = layer
+            return nnx.merge(graph, state).decode(x, cos, sin, k_cache, v_cache, cache.lengths, parallel)
+
+        x = self._embed(tokens, modality, parallel)
+        x, (k, v) = lax.scan(step, x, (blocks, cache.k, cache.v))
+        return self.ln_f(x), KVCache(k, v, cache.lengths + tokens.shape[1])
+
+    def text_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Float32 logits of the text head, for a few tokens: training uses `cross_entropy`, which never holds them all."""
+        return _logits(hidden, self.head_kernel("text"))
+
+    def vision_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Float32 logits of the vision head, for a few tokens."""
+        return _logits(hidden, self.head_kernel("vision"))
+
+    def head_kernel(self, modality: str) -> Float[Array, "D V"]:
+        """The matrix of the 'text' or 'vision' head; the transposed table where embeddings are tied."""
+        if modality == "vision" and self.vte is None:
+            raise ValueError("this model has no vision head: its config has vision_vocab_size 0")
+        head, table = (self.lm_head, self.wte) if modality == "text" else (self.vision_head, self.vte)
+        return table.embedding[...].T if head is None else head.kernel[...]
+
+    def _scan(self, tokens, modality, positions, reach, parallel: Parallel, keep):
+        """The stream after all blocks, and what `keep` makes of every block's keys and values, stacked."""
+        self._check_inputs(tokens, modality, positions)
+        cos, sin = self._rotations(positions)
+        graph, blocks = nnx.split(self.h)
+
+        def block(x, state):
+            x, (k, v) = nnx.merge(graph, state)(x, cos, sin, reach, parallel)
+            return x, keep(k, v)
+
+        block = rematerialise(block, self.config.remat, parallel)
+        return lax.scan(block, self._embed(tokens, modality, parallel), blocks)
+
+    def _embed(self, tokens, modality, parallel: Parallel) -> Float[Array, "B T D"]:
+        dtype = self.config.compute_dtype
+        with jax.named_scope("embed"):
+            if self.vte is None:
+                return look_up(self.wte.embedding[...], tokens, jnp.ones_like(modality), dtype, parallel)
+            text = look_up(self.wte.embedding[...], tokens, ~modality, dtype, parallel)
+            return text + look_up(self.vte.embedding[...], tokens, modality, dtype, parallel)
+
+    def _rotations(self, positions):
+        return rotations(positions, self.config.head_size, self.config.rope_theta, self.config.rope_scaling)
+
+    @staticmethod
+    def _check_inputs(tokens, modality, positions) -> None:
+        for name, x, kind in (("tokens", tokens, "i"), ("modality", modality, "b"), ("positions", positions, "i")):
+            if x.ndim != 2 or x.shape != tokens.shape or x.dtype.kind != kind:
+                what = "bool (True: vision)" if kind == "b" else "integer"
+                raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; it must be {what} [B, T] = {list(tokens.shape)}")
+
+
+def _head(vocab_size: int, config: ModelConfig, rngs: nnx.Rngs) -> Linear:
+    return Linear(config.width, vocab_size, ("embed", "vocab"), config, rngs)
+
+
+def _logits(hidden, kernel):
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    return jnp.einsum("...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=wide)
+
+
+def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    """A block whose parameters have a leading layers axis."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
+    keys = jax.random.split(rngs.params(), config.layers)
+    state = jax.vmap(lambda key: nnx.state(Block(config, nnx.Rngs(params=key))))(keys)
+    stacked = jax.tree.map(
+        lambda leaf: leaf.replace(leaf.get_value(), axes=("layers", *leaf.get_metadata()["axes"])),
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+    return nnx.merge(graph, stacked)
+
+
+def with_config(model: Transformer, **changes) -> Transformer:
+    """The same parameters under a config with `changes` that alter no shape (rope_theta, remat, chunks, …)."""
+    config = dataclasses.replace(model.config, **changes)
+    graph = nnx.graphdef(Transformer.abstract(config))
+    return nnx.merge(graph, nnx.state(model))
