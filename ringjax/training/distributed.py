@@ -36,7 +36,7 @@ def start(config: DistributedConfig) -> None:
     missing = [name for name, value in given.items() if value is None]
     if not missing:
         if not 0 <= index < processes:
-            raise ValueError(f"distributed.process_index {index} must lie between 0 and {processes - 1} (processes - 1)")
+            raise ValueError(f"distributed.process_index {index} must be 0 to processes - 1 ({processes - 1})")
         jax.distributed.initialize(coordinator, processes, index)
     elif config.detect and _cluster_detected():
         jax.distributed.initialize(**{"coordinator_address": coordinator} if coordinator else {})

@@ -93,16 +93,17 @@ def _expand_size(model: Item) -> Item:
 
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML that reads back as the same config."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=110)
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """A config as mappings, lists and scalars, ready for YAML or JSON."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, dict):
-        return {key: _plain(child) for key, child in value.items()}
+        return {key: to_plain(child) for key, child in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(child) for child in value]
+        return [to_plain(child) for child in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -137,3 +138,8 @@ def _check_stage(stage: StageConfig, device_count: int, simulated: bool) -> None
         )
     sizes = {"dp": dp, "fsdp": fsdp, "tp": tp, "sp": sp}
     stage.model.validate_mesh(sizes, seq_len=training.seq_len, layout=stage.mesh.layout)
+    if stage.model.vision_vocab_size and stage.data.vision_codes != stage.model.vision_codes:
+        raise ValueError(
+            f"data.vision_codes {stage.data.vision_codes} and model.vision_codes {stage.model.vision_codes} differ;"
+            " they are the number of codes of the same image tokenizer"
+        )

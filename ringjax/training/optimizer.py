@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ringjax.training.config import OptimizerConfig
@@ -33,7 +32,7 @@ def learning_rate(config: OptimizerConfig, step: Int[Array, ""] | int, steps: in
 def decays(path: tuple, leaf: Any) -> bool:
     """Whether weight decay pulls on a parameter: on matrices and tables, not on norms and biases."""
     name = jax.tree_util.keystr(path, simple=True, separator=".").lower()
-    return not any(word in name for word in ("norm", "bias"))
+    return not any(word in name for word in ("norm", "ln_f", "bias"))
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -52,11 +51,3 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         optax.add_decayed_weights(config.weight_decay, mask=mask),
     )
 
-
-def optimizer_shardings(optimizer: optax.GradientTransformation, abstract_params: Any, shardings: Any, mesh) -> Any:
-    """Shardings of the optimizer's state: moments lie like their parameters, counters everywhere."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    state = jax.eval_shape(optimizer.init, abstract_params)
-    return optax.tree_map_params(
-        optimizer, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: everywhere
-    )

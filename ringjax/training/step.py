@@ -9,12 +9,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ringjax.attention import Reach
 from ringjax.models.config import ModelConfig
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
 from ringjax.training.config import OptimizerConfig
 from ringjax.training.loss import LossSums, cross_entropy
-from ringjax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
+from ringjax.training.optimizer import learning_rate, make_optimizer
 
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -45,25 +46,22 @@ def make_trainer(model: ModelConfig, config: OptimizerConfig, parallel: Parallel
     `abstract` holds shapes, dtypes and shardings of the whole state: what a checkpoint is restored to.
     """
     optimizer = make_optimizer(config)
-    graph, abstract_params = nnx.split(Transformer.abstract(model))
-    param_shardings = parallel.param_shardings(abstract_params)
-    everywhere = jax.sharding.NamedSharding(parallel.mesh, jax.sharding.PartitionSpec())
-    shardings = TrainState(
-        everywhere,
-        param_shardings,
-        optimizer_shardings(optimizer, abstract_params, param_shardings, parallel.mesh),
-    )
+    graph = nnx.graphdef(Transformer.abstract(model))
 
     def init(seed) -> TrainState:
-        params = nnx.split(Transformer(model, nnx.Rngs(seed)))[1]
+        params = nnx.state(Transformer(model, nnx.Rngs(params=jax.random.key(seed))))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    abstract = jax.eval_shape(init, 0)
+    shardings = parallel.param_shardings(abstract)
+    everywhere = jax.sharding.NamedSharding(parallel.mesh, jax.sharding.PartitionSpec())
 
     def loss_sums(params, batch: Batch) -> tuple[Float[Array, ""], LossSums]:
         sums = batch_loss(nnx.merge(graph, params), batch, parallel, model.loss_chunk)
         return sums.text_loss_sum + sums.vision_loss_sum, sums
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums = accumulate(jax.grad(loss_sums, has_aux=True), state.params, batch, param_shardings)
+        grads, sums = accumulate(jax.grad(loss_sums, has_aux=True), state.params, batch, shardings.params)
         weight = jnp.maximum(sums.text_weight + sums.vision_weight, jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: g / weight, grads)
         with jax.named_scope("optimizer"):
@@ -76,13 +74,12 @@ def make_trainer(model: ModelConfig, config: OptimizerConfig, parallel: Parallel
     def evaluate(params, batch: Batch) -> LossSums:
         return jax.lax.map(lambda micro: loss_sums(params, micro)[1], batch)
 
-    abstract = jax.eval_shape(init, 0)
     return Trainer(
         graph=graph,
         abstract=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
         ),
-        init=jax.jit(init, out_shardings=shardings, static_argnums=0),
+        init=jax.jit(init, out_shardings=shardings),
         fresh_optimizer=jax.jit(optimizer.init, out_shardings=shardings.optimizer),
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
         evaluate=jax.jit(evaluate, out_shardings=everywhere),
@@ -91,7 +88,7 @@ def make_trainer(model: ModelConfig, config: OptimizerConfig, parallel: Parallel
 
 def batch_loss(model: Transformer, batch: Batch, parallel: Parallel, chunk: int) -> LossSums:
     """Sums of weighted losses and of weights of one micro-batch `[B, T]`, by modality."""
-    reach = (batch["behind"], batch["ahead"])
+    reach = Reach(batch["behind"], batch["ahead"])
     hidden = model.hidden(batch["tokens"], batch["modality"], batch["positions"], reach, parallel=parallel)
     return cross_entropy(model, hidden, batch, parallel=parallel, chunk=chunk)
 

@@ -14,7 +14,7 @@ import yaml
 MAX_ITEMS = 20_000
 MAX_DEPTH = 32
 
-_NULL = re.compile(r"~|null|Null|NULL|none|None|")
+_NULL = re.compile(r"~|null|Null|NULL|")
 _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 # YAML 1.1 reads 1e-4 as a string, which is never meant here.
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.?(inf|nan)")

@@ -1,0 +1,59 @@
+"""Held-out loss of each data source, on the same batches every time."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ringjax.data.loader import make_loader
+from ringjax.training.config import StageConfig
+from ringjax.training.feed import Feed
+from ringjax.training.step import Trainer, loss_metrics
+
+
+class Evaluator:
+    """Called with parameters, it streams the first batches of each source's held-out part through the model."""
+
+    def __init__(self, stage: StageConfig, mesh: Mesh, trainer: Trainer, feed: Feed, seed: int):
+        self._stage, self._mesh, self._trainer, self._feed, self._seed = stage, mesh, trainer, feed, seed
+
+    def __call__(self, params: Any) -> dict[str, dict[str, float | None]]:
+        """Source -> {"loss", "text_loss", "vision_loss"}, a modality without tokens being None."""
+        return {name: self._source(source, params) for name, source in sources(self._stage).items()}
+
+    def _source(self, source: Any, params: Any) -> dict[str, float | None]:
+        total = None
+        for rows in itertools.islice(self._loader(source), self._stage.training.eval_batches):
+            sums = jax.device_get(self._trainer.evaluate(params, self._feed.place(rows)))
+            sums = jax.tree.map(lambda x: np.sum(x, dtype=np.float64), sums)
+            total = sums if total is None else jax.tree.map(np.add, total, sums)
+        with np.errstate(invalid="ignore"):
+            return {name: _number(value) for name, value in loss_metrics(total).items()}
+
+    def _loader(self, source: Any):
+        training, (index, count) = self._stage.training, self._feed.group
+        return iter(
+            make_loader(
+                dataclasses.replace(self._stage.data, sources=(source,)),
+                seq_len=training.seq_len,
+                batch_size=training.batch_size,
+                layout=self._stage.mesh.layout,
+                ring_size=self._mesh.shape["sp"],
+                seed=self._seed,
+                process_index=index,
+                process_count=count,
+                split="heldout",
+            )
+        )
+
+
+def sources(stage: StageConfig) -> dict[str, Any]:
+    """The sources of a stage by the name they have in metrics."""
+    return {source if isinstance(source, str) else str(source.path): source for source in stage.data.sources}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None

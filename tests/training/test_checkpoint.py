@@ -1,0 +1,159 @@
+"""Checkpoints: whole or not at all, on any mesh, and clear words when something is wrong."""
+
+import errno
+import json
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ringjax.training import checkpoint as ckpt
+from ringjax.training.checkpoint import CheckpointError, CheckpointStore, last_whole, load_arrays
+from ringjax.training.config import CheckpointConfig
+from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest
+from ringjax.training.mesh import make_mesh
+
+SIZE = 4096
+
+
+def arrays(step, mesh=None):
+    spec = PartitionSpec(("dp", "fsdp"), "sp")
+    sharding = NamedSharding(mesh or make_mesh("2,1,1,4"), spec)
+    weight = jax.device_put(jnp.arange(SIZE, dtype=jnp.float32).reshape(64, 64) * step, sharding)
+    return {"params": {"layer": {"weight": weight}, "norm": jnp.full((3,), step, jnp.bfloat16)}}
+
+
+def store_of(tmp_path, said=None, **config):
+    return CheckpointStore(tmp_path, CheckpointConfig(**config), (said if said is not None else []).append)
+
+
+def save_steps(store, steps):
+    for step in steps:
+        store.save(step, arrays(step), {"step": step, "parameters": ckpt.describe_arrays(arrays(step)["params"])})
+    store.wait()
+
+
+def biggest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_arrays_come_back_on_another_mesh(tmp_path):
+    store = store_of(tmp_path)
+    save_steps(store, [3])
+    path, info = last_whole(store.folder)
+    assert info["step"] == 3
+    template = arrays(0, make_mesh("1,8,1,1"))["params"]
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
+    loaded = load_arrays(path, "params", abstract)
+    assert loaded["layer"]["weight"].sharding == template["layer"]["weight"].sharding
+    np.testing.assert_array_equal(loaded["layer"]["weight"].ravel(), np.arange(SIZE) * 3.0)
+    assert loaded["norm"].dtype == jnp.bfloat16 and loaded["norm"].tolist() == [3, 3, 3]
+
+
+def test_arrays_may_be_donated_while_they_are_being_written(tmp_path):
+    store = store_of(tmp_path)
+    state = arrays(1)
+    negate = jax.jit(lambda tree: jax.tree.map(lambda x: -x, tree), donate_argnums=0)
+    for step in range(1, 6):
+        store.save(step, state, {"step": step})
+        state = negate(negate(negate(state)))
+    store.wait()
+    for step in (4, 5):
+        path = store.folder / f"step_{step:08d}"
+        loaded = load_arrays(path, "params", jax.tree.map(lambda x: x, arrays(1)["params"]))
+        np.testing.assert_array_equal(loaded["layer"]["weight"].ravel(), np.arange(SIZE) * (1 if step % 2 else -1))
+
+
+def test_the_newest_and_the_round_ones_are_kept(tmp_path):
+    store = store_of(tmp_path, keep_last=2, keep_every=4)
+    save_steps(store, range(1, 8))
+    assert [step for step, _ in ckpt.step_folders(store.folder)] == [7, 6, 4]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "flip manifest"])
+def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, damage):
+    said = []
+    store = store_of(tmp_path)
+    save_steps(store, [1, 2])
+    newest = store.folder / "step_00000002"
+    victim = newest / NAME if "manifest" in damage else biggest_file(newest)
+    data = bytearray(victim.read_bytes())
+    if "flip" in damage:
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    elif damage == "cut":
+        victim.write_bytes(data[: len(data) // 2])
+    else:
+        victim.unlink()
+    path, info = last_whole(store.folder, say=said.append)
+    assert (path.name, info["step"]) == ("step_00000001", 1)
+    assert len(said) == 1 and "step_00000002" in said[0] and "falling back" in said[0]
+    store.tidy()
+    save_steps(store, [2])  # its name is free again
+    assert last_whole(store.folder)[1]["step"] == 2
+
+
+def test_a_kill_before_the_manifest_leaves_no_checkpoint(tmp_path, monkeypatch):
+    store = store_of(tmp_path)
+    save_steps(store, [1])
+    monkeypatch.setattr(ckpt, "write_manifest", lambda *_: None)
+    save_steps(store, [2])
+    assert last_whole(store.folder, say=lambda _: None)[1]["step"] == 1
+
+
+def test_a_manifest_of_another_format_is_refused(tmp_path):
+    import hashlib
+
+    body = json.dumps({"format": 99, "files": {}})
+    (tmp_path / NAME).write_text(json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n" + body)
+    with pytest.raises(DamagedCheckpoint, match="has format 99; this version reads 1"):
+        read_manifest(tmp_path)
+
+
+def test_no_space_left_is_said_and_the_last_whole_one_stays(tmp_path, monkeypatch):
+    store = store_of(tmp_path)
+    save_steps(store, [1])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ckpt, "write_manifest", full)
+    store.save(2, arrays(2), {"step": 2})
+    with pytest.raises(CheckpointError, match=r"disk of .* is full.*last whole checkpoint is .*step_00000001"):
+        store.wait()
+    assert last_whole(store.folder)[1]["step"] == 1
+    assert not list(store.folder.glob("step_00000002*"))  # what was half written no longer fills the disk
+
+
+def test_a_full_disk_for_real(tmp_path):
+    """On a file system of 1 MB: needs the right to mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    try:
+        store = store_of(small, keep_last=100)
+        with pytest.raises(CheckpointError, match="is full"):
+            rng = np.random.default_rng(0)
+            for step in range(1, 60):
+                noise = jnp.asarray(rng.normal(size=(64, 512)), jnp.float32)
+                store.save(step, {"params": {"noise": noise}}, {"step": step})
+                store.wait()
+        assert step > 1
+        assert last_whole(store.folder, say=lambda _: None)[1]["step"] == step - 1
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_another_model_is_refused_with_the_names_that_differ():
+    saved = {"a": "float32[2,3]", "b": "float32[4]", "c": "float32[1]"}
+    with pytest.raises(CheckpointError) as caught:
+        ckpt.check_same_arrays(saved, {"a": "float32[2,5]", "c": "float32[1]", "d": "float32[1]"}, "x/step_1")
+    assert str(caught.value) == (
+        "x/step_1 is of another model: a is float32[2,3] there and float32[2,5] here; b is only in the checkpoint; "
+        "d is only in this model; use another run_dir"
+    )
+    ckpt.check_same_arrays(saved, saved, "x")

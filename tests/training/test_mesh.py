@@ -1,0 +1,51 @@
+"""The mesh string and the devices it asks for."""
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from ringjax.training.mesh import make_mesh, resolve_shape, simulate_devices
+
+
+@pytest.mark.parametrize(
+    "shape, devices, expected",
+    [
+        ("1,-1,4,1", 512, (1, 128, 4, 1)),
+        ("1,-1,16,4", 512, (1, 8, 16, 4)),
+        ("-1,1,1,4", 8, (2, 1, 1, 4)),
+        (" 1, 1, 1, -1 ", 1, (1, 1, 1, 1)),
+        ("2,2,2,1", 8, (2, 2, 2, 1)),
+    ],
+)
+def test_one_axis_is_inferred(shape, devices, expected):
+    assert resolve_shape(shape, devices) == expected
+
+
+@pytest.mark.parametrize("shape", ["", "1,1,1", "1,1,1,1,1", "0,1,1,1", "-2,1,1,1", "a,1,1,1", "1,1,1,1.5", "1;1;1;1"])
+def test_what_is_no_mesh_is_refused(shape):
+    with pytest.raises(ValueError, match="must be four numbers"):
+        resolve_shape(shape, 8)
+
+
+def test_wrong_products_are_explained():
+    with pytest.raises(ValueError, match=r"asks for 16 devices \(dp 2 · fsdp 1 · tp 1 · sp 8\) and there are 8"):
+        resolve_shape("2,1,1,8", 8)
+    with pytest.raises(ValueError, match="8 devices cannot be divided by 3 .* to infer dp"):
+        resolve_shape("-1,1,1,3", 8)
+    with pytest.raises(ValueError, match="uses 2 of 8 devices"):
+        resolve_shape("2,1,1,1", 8)
+
+
+def test_mesh_has_auto_axes_in_order(devices):
+    mesh = make_mesh("2,1,1,-1")
+    assert dict(mesh.shape) == {"dp": 2, "fsdp": 1, "tp": 1, "sp": 4}
+    assert mesh.axis_types == (AxisType.Auto,) * 4
+    assert list(mesh.devices.ravel()) == list(devices)
+
+
+def test_more_simulated_devices_than_a_running_jax_has_are_refused():
+    have = len(jax.devices("cpu"))
+    simulate_devices(0)
+    simulate_devices(have)
+    with pytest.raises(ValueError, match=f"JAX runs already with {have} CPU devices"):
+        simulate_devices(have + 1)

@@ -1,0 +1,72 @@
+"""metrics.jsonl survives kills, resumes and NaN."""
+
+import json
+import math
+
+import pytest
+
+from ringjax.training.metrics import MetricsWriter, read_metrics
+
+
+def steps(path):
+    return [record["step"] for record in read_metrics(path)]
+
+
+def write(tmp_path, first, last, resumed_at=0):
+    writer = MetricsWriter(tmp_path, resumed_at)
+    for step in range(first, last + 1):
+        writer.write({"step": step, "loss": 1.0 / step})
+    writer.close()
+    return tmp_path / "metrics.jsonl"
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    write(tmp_path, 1, 7)
+    path = write(tmp_path, 6, 9, resumed_at=5)
+    assert steps(path) == list(range(1, 10))
+
+
+def test_a_cut_last_line_is_dropped(tmp_path):
+    path = write(tmp_path, 1, 5)
+    path.write_text(path.read_text()[:-9])
+    assert steps(path) == [1, 2, 3, 4]
+    assert steps(write(tmp_path, 5, 6, resumed_at=4)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_from_the_start_forgets_the_old_file(tmp_path):
+    write(tmp_path, 1, 5)
+    assert steps(write(tmp_path, 1, 2)) == [1, 2]
+
+
+def test_evaluations_of_the_last_step_are_kept(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write({"step": 3, "loss": 1.0})
+    writer.write({"step": 3, "eval": {"a": {"loss": 2.0}}})
+    writer.close()
+    resumed = MetricsWriter(tmp_path, 3)
+    resumed.close()
+    assert len(resumed.history) == 2
+
+
+def test_values_are_exact_and_nan_is_null(tmp_path):
+    value = float.fromhex("0x1.91eb86p+1")
+    writer = MetricsWriter(tmp_path)
+    writer.write({"step": 1, "loss": value, "text_loss": math.nan, "eval": {"a": {"loss": math.inf}}})
+    writer.close()
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert record["loss"] == value
+    assert record["text_loss"] is None and record["eval"]["a"]["loss"] is None
+
+
+def test_tensorboard_is_optional_and_missing_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r"pip install 'ringjax\[tensorboard\]'"):
+        MetricsWriter(tmp_path, tensorboard=True)
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    pytest.importorskip("tensorboardX")
+    writer = MetricsWriter(tmp_path, tensorboard=True)
+    writer.write({"step": 1, "stage": "a", "loss": 2.0, "eval": {"s": {"loss": 3.0}}})
+    writer.close()
+    assert list((tmp_path / "tensorboard").glob("events*"))

@@ -1,0 +1,55 @@
+"""What a person sees."""
+
+import io
+
+import pytest
+
+from ringjax.training.progress import PlainLines, Quiet, RichDisplay, format_count, format_duration, make_display
+
+RECORD = {
+    "step": 2, "stage_step": 2, "loss": 3.25, "text_loss": 3.5, "vision_loss": None, "grad_norm": 0.5,
+    "tokens_per_second": 20600.0, "mfu": 0.331,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (3723, "1:02:03"), (-5, "0:00")])
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize("number, text", [(5, "5"), (20600, "20.6k"), (1.24e9, "1.24G"), (3e6, "3M")])
+def test_counts(number, text):
+    assert format_count(number) == text
+
+
+def test_plain_lines_come_at_the_first_last_and_every_nth_step():
+    stream = io.StringIO()
+    lines = PlainLines(every=4, stream=stream)
+    lines.start_stage("32k", 0, 10)
+    for step in range(1, 11):
+        lines.step({**RECORD, "stage_step": step})
+    printed = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in printed] == ["1/10", "4/10", "8/10", "10/10"]
+    assert printed[1].startswith("32k 4/10  loss 3.2500  text 3.5000  grad 0.5  20.6k tok/s  MFU 33.1 %  left ")
+    assert "pictures" not in printed[1] and printed[-1].endswith("left 0:00")
+
+
+def test_rich_display_shows_the_same_numbers():
+    from rich.console import Console
+
+    stream = io.StringIO()
+    display = RichDisplay(Console(file=stream, force_terminal=True, width=120, legacy_windows=False))
+    display.start_stage("train", 0, 10)
+    display.step(RECORD)
+    display.say("a [line] with brackets")
+    display.close()
+    shown = stream.getvalue()
+    assert "loss 3.2500" in shown and "20.6k tok/s" in shown and "a [line] with brackets" in shown
+
+
+def test_only_the_main_process_speaks(capsys):
+    assert type(make_display("plain", 1, is_main=False)) is Quiet
+    assert type(make_display("none", 1)) is Quiet
+    assert type(make_display("auto", 1)) is PlainLines  # the captured output is no terminal
+    make_display("plain", 1, is_main=False).say("nothing")
+    assert capsys.readouterr().out == ""
