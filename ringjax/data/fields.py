@@ -1,0 +1,238 @@
+"""The example language: how a jsonl line becomes tokens.
+
+A line is a JSON object; a spec says which of its fields are strung together, and which of them are learned.
+
+    spec        what it gives                                                       loss
+    ----------  ------------------------------------------------------------------  ------------------------
+    a,b         tokens of a, then tokens of b (each encoded on its own)             on both
+    a+b         tokens of the text "a b" (joined by `separator`, then encoded)      on all
+    [a],b       as a,b                                                              on b only
+    [a,b],c     as [a],[b],c                                                        on c only
+    <|bos|>     the begin token                                                     as any field
+    <|eos|>     the end token                                                       as any field
+    vision      <vision> codes </vision>, when the field holds a list of codes      on all of it
+
+Text:
+
+    {"question": "What is 2 + 2?", "answer": "4"}      with [question],answer
+    <s> What is 2 + 2? 4 </s>
+     ·  ·   ·  ·  ·  · 1  1                             (1: the token is a target that counts)
+
+Vision, two frames of four codes (`codes_per_frame=4`, `vision_codes=8192`):
+
+    {"vision": [11, 12, 13, 14, 21, 22, 23, 24], "caption": "a cat"}      with [vision],caption
+    <s> <vision> 11 12 13 14 8192 21 22 23 24 8193 </vision> a cat </s>
+     ·     ·      ·  ·  ·  ·   ·   ·  ·  ·  ·   ·      ·     1  1   1
+
+`vision_codes` ends every frame but the last, `vision_codes + 1` the last; both are vision ids. The codes and their
+end marks have modality true; `<vision>` and `</vision>` are text.
+
+The begin token comes first, without loss, and the end token last, with loss, unless the spec itself begins with
+`<|bos|>` or ends with `<|eos|>`; nothing else is ever put in. A spec may be a list, or a line's own `fields` may
+be one: then one is chosen, by the number of the line counted from 0, so that it is the same in every run:
+
+    {"fields": ["[instruction],vision", "[vision],caption"], "vision": […], "instruction": …, "caption": …}
+
+Liu et al. 2024 (LWM), arXiv:2402.08268. Its released code adds the tokenizer's own begin token before every field
+as well; that fault is not repeated here.
+"""
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ringjax.data.errors import DataError
+from ringjax.data.example import Example, require_usable
+from ringjax.data.tokenizers import VISION_END, VISION_START, TextTokenizer
+
+BOS = "<|bos|>"
+EOS = "<|eos|>"
+
+Spec = str | Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One part of a spec between commas: names joined by `+`, or a special token."""
+
+    names: tuple[str, ...]
+    loss: bool
+
+    @property
+    def special(self) -> bool:
+        return self.names[0] in (BOS, EOS)
+
+    def __str__(self) -> str:
+        return "+".join(self.names)
+
+
+def parse(spec: str) -> tuple[Field, ...]:
+    """The fields of a spec.
+
+    Raises:
+        ValueError: brackets do not pair, a name is missing, or a special token is joined by `+`.
+    """
+    fields, inside = [], False
+    for part in spec.split(","):
+        name = part.strip()
+        opens, closes = name.startswith("["), name.endswith("]")
+        inner = name[opens : len(name) - closes]
+        if (opens and inside) or (closes and not (inside or opens)) or "[" in inner or "]" in inner:
+            raise ValueError(f"fields {spec!r}: the brackets around {name!r} do not pair; write [a],b or [a,b],c")
+        inside = inside or opens
+        fields.append(Field(_names(inner, spec), loss=not inside))
+        inside = inside and not closes
+    if inside:
+        raise ValueError(f"fields {spec!r}: a [ is never closed; write [a],b or [a,b],c")
+    return tuple(fields)
+
+
+def _names(part: str, spec: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in part.split("+"))
+    if "" in names:
+        raise ValueError(f"fields {spec!r}: a name is missing beside a comma, a + or a bracket")
+    if len(names) > 1 and (BOS in names or EOS in names):
+        raise ValueError(f"fields {spec!r}: {BOS} and {EOS} are tokens, not text; separate them by a comma")
+    return names
+
+
+def choose(spec: Spec, line_index: int) -> str:
+    """The spec of a line: the only one, or one of a list chosen by the line's number (counted from 0)."""
+    if isinstance(spec, str):
+        return spec
+    return random.Random(line_index).choice(list(spec))
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldEncoder:
+    """Turns a line and a spec into an `Example`."""
+
+    tokenizer: TextTokenizer
+    codes_per_frame: int = 256
+    vision_codes: int = 8192
+    max_frames: int | None = None
+    separator: str = " "
+    add_bos: bool = True
+    add_eos: bool = True
+
+    def encode_line(self, row: Mapping, default: Spec | None, line_index: int, place: str) -> Example:
+        """The example of a whole line: by its own `fields`, or else by `default`.
+
+        Raises:
+            DataError: no spec, a faulty spec, a field that is missing, empty or of a wrong type, codes out of range,
+                or nothing to learn; the message begins with `place`.
+        """
+        spec = row.get("fields", default)
+        if spec is None:
+            raise DataError(f"{place}: no 'fields' in the line and none in the config; say what to learn, e.g. 'text'")
+        if not _is_spec(spec):
+            raise DataError(f"{place}: 'fields' must be a string or a list of strings, not {_shown(spec)}")
+        return require_usable(self.encode(row, choose(spec, line_index), place), place)
+
+    def encode(self, row: Mapping, spec: str, place: str = "example") -> Example:
+        """The example of `row` by one spec, which may lack loss: a prompt is `encode` with `add_eos=False`."""
+        try:
+            fields = parse(spec)
+        except ValueError as error:
+            raise DataError(f"{place}: {error}") from None
+        builder = _Builder()
+        if self.add_bos and fields[0].names != (BOS,):
+            builder.text([self.tokenizer.bos_id], loss=False)
+        for field in fields:
+            self._append(builder, row, field, place)
+        if self.add_eos and fields[-1].names != (EOS,):
+            builder.text([self.tokenizer.eos_id], loss=True)
+        return builder.example()
+
+    def _append(self, builder: "_Builder", row: Mapping, field: Field, place: str) -> None:
+        if field.special:
+            ids = self.tokenizer.bos_id if field.names == (BOS,) else self.tokenizer.eos_id
+            return builder.text([ids], field.loss)
+        missing = [name for name in field.names if name not in row]
+        if missing:
+            raise DataError(f"{place}: field {missing[0]!r} is missing; the line has {', '.join(map(str, row))}")
+        if len(field.names) == 1 and not isinstance(row[field.names[0]], str):
+            name = field.names[0]
+            return self._append_vision(builder, row[name], field.loss, f"{place}: field {name!r}")
+        texts = [_text(row[name], f"{place}: field {name!r}") for name in field.names]
+        builder.text(self.tokenizer.encode(self.separator.join(texts)), field.loss)
+
+    def _append_vision(self, builder: "_Builder", value: object, loss: bool, place: str) -> None:
+        frames = self._frames(value, place)
+        ends = np.full((len(frames), 1), self.vision_codes, np.int32)
+        ends[-1] += 1
+        builder.text(self.tokenizer.marker(VISION_START), loss)
+        builder.vision(np.concatenate([frames, ends], axis=1).ravel(), loss)
+        builder.text(self.tokenizer.marker(VISION_END), loss)
+
+    def _frames(self, value: object, place: str) -> np.ndarray:
+        """`[frames, codes_per_frame]` int32, checked; at most `max_frames` of them, evenly spread."""
+        codes = _codes(value, place)
+        if len(codes) == 0 or len(codes) % self.codes_per_frame:
+            raise DataError(
+                f"{place} has {len(codes)} codes, which is not a whole number of frames of {self.codes_per_frame}; "
+                "give every frame whole and without end marks, or set codes_per_frame"
+            )
+        wrong = np.flatnonzero((codes < 0) | (codes >= self.vision_codes))
+        if len(wrong):
+            raise DataError(
+                f"{place} has code {codes[wrong[0]]} at {wrong[0]}; codes are 0 to {self.vision_codes - 1}, end marks "
+                "are put in by the loader"
+            )
+        frames = codes.reshape(-1, self.codes_per_frame).astype(np.int32)
+        if self.max_frames is not None and len(frames) > self.max_frames:
+            frames = frames[np.linspace(0, len(frames) - 1, self.max_frames).astype(int)]
+        return frames
+
+
+class _Builder:
+    """Collects tokens, modality and loss in step."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[np.ndarray, bool, bool]] = []
+
+    def text(self, ids: Sequence[int], loss: bool) -> None:
+        self._parts.append((np.asarray(ids, np.int32), False, loss))
+
+    def vision(self, ids: np.ndarray, loss: bool) -> None:
+        self._parts.append((ids, True, loss))
+
+    def example(self) -> Example:
+        lengths = [len(ids) for ids, _, _ in self._parts]
+        return Example(
+            tokens=np.concatenate([ids for ids, _, _ in self._parts]),
+            modality=np.repeat([vision for _, vision, _ in self._parts], lengths),
+            loss=np.repeat([loss for _, _, loss in self._parts], lengths),
+        )
+
+
+def _is_spec(spec: object) -> bool:
+    if isinstance(spec, list | tuple):
+        return bool(spec) and all(isinstance(one, str) for one in spec)
+    return isinstance(spec, str)
+
+
+def _text(value: object, place: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{place} must be text here, not {_shown(value)}")
+    if not value.strip():
+        raise DataError(f"{place} is empty; fill it or leave it out of 'fields'")
+    return value
+
+
+def _codes(value: object, place: str) -> np.ndarray:
+    whole = isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iu"
+    if not whole and not (isinstance(value, list) and all(type(code) is int for code in value)):
+        raise DataError(f"{place} must be text or a flat list of whole numbers (codes), not {_shown(value)}")
+    try:
+        return np.asarray(value, np.int64)
+    except OverflowError:
+        raise DataError(f"{place} has a code beyond any codebook") from None
+
+
+def _shown(value: object) -> str:
+    """A value of a line, short enough for an error message."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '…'}"

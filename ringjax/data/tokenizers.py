@@ -1,0 +1,164 @@
+"""Text tokenizers behind one small interface.
+
+    bytes                 every UTF-8 byte is a token: ids 3 … 258, after <pad> 0, <s> 1, </s> 2
+    sample                the byte-level BPE of the sample data, 512 ids
+    …/tokenizer.json      any Hugging Face tokenizers file, or the folder that holds one
+    …/tokenizer.model     SentencePiece (needs the extra `sentencepiece`)
+
+None of them adds a begin or end token on its own: the example language says where they stand. Text never turns
+into a special token: `</s>` in a document is five characters.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+VISION_START = "<vision>"
+VISION_END = "</vision>"
+
+_BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "<bos>", "<|endoftext|>")
+_EOS_NAMES = ("</s>", "<|end_of_text|>", "[EOS]", "<eos>", "<|im_end|>", "<|endoftext|>")
+_PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
+
+
+@runtime_checkable
+class TextTokenizer(Protocol):
+    """Text to ids and back."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    vocab_size: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without begin and end tokens."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids; begin, end and padding vanish."""
+        ...
+
+    def marker(self, name: str) -> list[int]:
+        """The ids of `<vision>` or `</vision>`: its own id where the tokenizer has one, plain text otherwise."""
+        ...
+
+
+def load_tokenizer(spec: str) -> TextTokenizer:
+    """The tokenizer that `spec` names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or of no known kind, or has no begin and end tokens.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    if spec == "sample":
+        from ringjax.data import samples
+
+        return JsonTokenizer(samples.path("prose_tokenizer.json"))
+    path = Path(spec)
+    if path.is_dir():
+        path = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), path)
+    if not path.exists():
+        raise FileNotFoundError(f"tokenizer {spec!r} does not exist; give 'sample', 'bytes', a .json or a .model file")
+    if path.suffix == ".json":
+        return JsonTokenizer(path)
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    raise ValueError(f"tokenizer {spec!r} is of no known kind; give 'sample', 'bytes', a .json or a .model file")
+
+
+class ByteTokenizer:
+    """UTF-8 bytes, numbered as LLaMA's byte tokens are."""
+
+    pad_id, bos_id, eos_id = 0, 1, 2
+    vocab_size = 259
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        return [byte + 3 for byte in text.encode("utf-8")]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i - 3 for i in ids if 3 <= i < self.vocab_size).decode("utf-8", errors="replace")
+
+    def marker(self, name: str) -> list[int]:
+        return self.encode(name)
+
+
+class JsonTokenizer:
+    """A `tokenizer.json` of the tokenizers library."""
+
+    def __init__(self, path: str | Path):
+        import tokenizers
+
+        content = Path(path).read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{path} is not a whole tokenizer.json: {error}") from None
+        # Otherwise "</s>" typed in a document would end it.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.bos_id = self._special(path, _BOS_NAMES, "begin")
+        self.eos_id = self._special(path, _EOS_NAMES, "end")
+        self.pad_id = self._first_known(_PAD_NAMES, otherwise=self.eos_id)
+        self.fingerprint = _digest(content)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def marker(self, name: str) -> list[int]:
+        own = self._tokenizer.token_to_id(name)
+        return self.encode(name) if own is None else [own]
+
+    def _first_known(self, names: tuple[str, ...], otherwise: int | None) -> int | None:
+        ids = (self._tokenizer.token_to_id(name) for name in names)
+        return next((i for i in ids if i is not None), otherwise)
+
+    def _special(self, path: str | Path, names: tuple[str, ...], role: str) -> int:
+        found = self._first_known(names, otherwise=None)
+        if found is None:
+            raise ValueError(f"{path} has no {role} token; add one of {', '.join(names)} to its added tokens")
+        return found
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece `.model`, the kind that LLaMA and LWM use."""
+
+    def __init__(self, path: str | Path):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            raise ImportError(f"{path} needs SentencePiece: pip install 'ringjax[sentencepiece]'") from None
+        content = Path(path).read_bytes()
+        try:
+            self._processor = SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is not a whole SentencePiece model: {error}") from None
+        self.vocab_size = self._processor.vocab_size()
+        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"{path} has no begin or end token; train it with bos_id and eos_id")
+        # LLaMA's model has no padding token; a padded slot is masked, so any id will do.
+        self.pad_id = max(self._processor.pad_id(), 0)
+        self.fingerprint = _digest(content)
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text, add_bos=False, add_eos=False)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode([int(i) for i in ids])
+
+    def marker(self, name: str) -> list[int]:
+        own = self._processor.piece_to_id(name)
+        return self.encode(name) if own == self._processor.unk_id() else [own]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
