@@ -1,5 +1,7 @@
 """`attention` on one device, `ring_attention` inside `shard_map`, `sharded_attention` on global arrays."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import repeat
@@ -88,20 +90,17 @@ def ring_attention(
     order = layouts.get(layout)
     strategies.check_name(strategy)
     if q.shape[1] != k.shape[1]:
-        raise ValueError(f"this shard has {q.shape[1]} queries and {k.shape[1]} keys; a ring holds the same share of both")
+        raise ValueError(f"this shard has {q.shape[1]} queries and {k.shape[1]} keys; a ring holds equal shares of both")
     length, ring_size = q.shape[1], lax.axis_size(axis_name)
     order.validate(length * ring_size, ring_size)
     index = order.slots(lax.axis_index(axis_name), ring_size, length)
     reach = _reach(reach, causal, window, index, length * ring_size, q)
-    width = _ulysses_width(strategy, ulysses_size, q.shape[2], k.shape[2], ring_size)
+    width = strategies.width(strategy, ulysses_size, q.shape[2], k.shape[2], ring_size)
     ring = Ring.of(
         order, axis_name, ring_size // width, length=length, width=width, unroll=unroll,
         max_behind=reach.max_behind, max_ahead=reach.max_ahead,
     )  # fmt: skip
-    chosen = {"ring": lambda: ring, "all_gather": lambda: strategies.AllGather(ring)}.get(
-        strategy, lambda: strategies.Ulysses(ring)
-    )()
-    return _attend(chosen, backend, scale, softcap, q, k, v, reach, index, return_lse)
+    return _attend(strategies.get(strategy, ring), backend, scale, softcap, q, k, v, reach, index, return_lse)
 
 
 def sharded_attention(
@@ -134,23 +133,32 @@ def sharded_attention(
     _check_shards(q, k, order, sizes)
     if reach is not None:
         reach.validate(*q.shape[:2])
+    options = dict(causal=causal, window=window, scale=scale, softcap=softcap, backend=backend, return_lse=return_lse)
+    return _sharded(
+        q, k, v, reach, mesh=mesh, layout=order, strategy=strategy, ulysses_size=ulysses_size, unroll=unroll,
+        options=tuple(options.items()),
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "layout", "strategy", "ulysses_size", "unroll", "options"))
+def _sharded(q, k, v, reach, *, mesh, layout, strategy, ulysses_size, unroll, options) -> Attention:
+    """The `shard_map`, compiled once for each kind of call also where the caller does not use `jax.jit`."""
+    options = dict(options)
     batch = tuple(axis for axis in ("dp", "fsdp") if axis in mesh.shape) or None
     heads, sequence = ("tp" if "tp" in mesh.shape else None), ("sp" if "sp" in mesh.shape else None)
     rows, queries, lse = P(batch, sequence), P(batch, sequence, heads, None), P(batch, heads, sequence)
-    copies = max(1, sizes["tp"] // k.shape[2])
-    k, v = (_repeat_heads(x, copies) for x in (k, v))
+    k, v = (_repeat_heads(x, max(1, mesh.shape.get("tp", 1) // x.shape[2])) for x in (k, v))
 
     def local(q, k, v, reach):
-        options = dict(causal=causal, window=window, reach=reach, scale=scale, softcap=softcap, backend=backend)
         if sequence is None:
-            return attention(q, k, v, return_lse=return_lse, **options)
+            return attention(q, k, v, reach=reach, **options)
         return ring_attention(
-            q, k, v, axis_name=sequence, layout=order, strategy=strategy, ulysses_size=ulysses_size,
-            unroll=unroll, return_lse=return_lse, **options,
+            q, k, v, reach=reach, axis_name=sequence, layout=layout, strategy=strategy,
+            ulysses_size=ulysses_size, unroll=unroll, **options,
         )  # fmt: skip
 
     in_specs = (queries, queries, queries, jax.tree.map(lambda _: rows, reach))
-    out_specs = (queries, lse) if return_lse else queries
+    out_specs = (queries, lse) if options["return_lse"] else queries
     inputs = _placed((q, k, v, reach), mesh, in_specs)
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*inputs)
 
@@ -159,8 +167,11 @@ def _attend(strategy, backend, scale, softcap, q, k, v, reach: Reach, index, ret
     score = validate.score(scale, softcap, q.shape[-1])
     kernel = kernels.choose(backend, q, k, v)
     start, stop = reach.interval(index)
-    out, lse = attend(strategy, kernel, score, *varying_like((q, k, v, start, stop), q, k, v, start, stop))
+    out, lse = _compiled(strategy, kernel, score, *varying_like((q, k, v, start, stop), q, k, v, start, stop))
     return (out, lse) if return_lse else out
+
+
+_compiled = jax.jit(attend, static_argnums=(0, 1, 2))  # for callers that do not use jax.jit
 
 
 def _reach(reach: Reach | None, causal: bool, window: int | None, index, keys: int, q) -> Reach:
@@ -173,26 +184,6 @@ def _reach(reach: Reach | None, causal: bool, window: int | None, index, keys: i
     ahead = jnp.zeros_like(behind) if causal else keys - 1 - behind
     reach = Reach(behind, ahead, max_ahead=0 if causal else None)
     return reach if window is None else reach.within(window)
-
-
-def _ulysses_width(strategy: str, ulysses_size: int | None, heads: int, kv_heads: int, devices: int) -> int:
-    """How many neighbouring devices trade heads for sequence."""
-    if strategy in ("ring", "all_gather"):
-        if ulysses_size is not None:
-            raise ValueError(f"ulysses_size {ulysses_size} means nothing to strategy {strategy!r}; use 'hybrid'")
-        return 1
-    if strategy == "ulysses":
-        if ulysses_size not in (None, devices):
-            raise ValueError(f"ulysses_size {ulysses_size} with strategy 'ulysses' on {devices} devices; use 'hybrid'")
-        width = devices
-    elif ulysses_size is None:
-        width = strategies.widest(heads, kv_heads, devices, most=max(1, jax.local_device_count()))
-    elif ulysses_size < 1 or devices % ulysses_size:
-        raise ValueError(f"ulysses_size {ulysses_size} does not divide the {devices} devices of the ring")
-    else:
-        width = ulysses_size
-    strategies.check_heads(heads, kv_heads, width)
-    return width
 
 
 def _check_shards(q, k, order: layouts.Layout, sizes: dict[str, int]) -> None:

@@ -22,9 +22,12 @@ import difflib
 import math
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 
@@ -65,7 +68,9 @@ class Layout:
             padded = math.ceil(seq_len / pieces) * pieces
             what = f"{pieces} shards" if pieces == ring_size else f"2·sp = {pieces} chunks"
             other = "" if seq_len % ring_size or pieces == ring_size else " or use 'striped'"
-            raise ValueError(f"seq_len {seq_len} cannot be cut into {what} for layout {self.name!r}; pad to {padded}{other}")
+            raise ValueError(
+                f"seq_len {seq_len} cannot be cut into {what} for layout {self.name!r}; pad to {padded}{other}"
+            )
 
 
 class Contiguous(Layout):
@@ -103,11 +108,11 @@ class Striped(Layout):
 
     def permute(self, x, ring_size: int, axis: int = 1):
         self.validate(x.shape[axis], ring_size)
-        return rearrange(x, _along(x, axis, "(c r) -> (r c)"), r=ring_size)
+        return _rearrange(x, axis, "(c r) -> (r c)", r=ring_size)
 
     def restore(self, x, ring_size: int, axis: int = 1):
         self.validate(x.shape[axis], ring_size)
-        return rearrange(x, _along(x, axis, "(r c) -> (c r)"), r=ring_size)
+        return _rearrange(x, axis, "(r c) -> (c r)", r=ring_size)
 
     def offsets(self, behind: int, ahead: int, ring_size: int, length: int) -> list[int]:
         return sorted({d % ring_size for d in range(-min(ahead, ring_size), min(behind, ring_size) + 1)})
@@ -131,13 +136,13 @@ class Zigzag(Layout):
 
     def permute(self, x, ring_size: int, axis: int = 1):
         self.validate(x.shape[axis], ring_size)
-        halves = rearrange(x, _along(x, axis, "(two r c) -> two r c"), two=2, r=ring_size)
-        return rearrange(_turn_second(halves, axis % x.ndim), _along(x, axis, "two r c -> (r two c)"))
+        halves = _rearrange(x, axis, "(two r c) -> two r c", two=2, r=ring_size)
+        return rearrange(_turn_second(halves, axis % x.ndim), _along(x.ndim, axis % x.ndim, "two r c -> (r two c)"))
 
     def restore(self, x, ring_size: int, axis: int = 1):
         self.validate(x.shape[axis], ring_size)
-        halves = rearrange(x, _along(x, axis, "(r two c) -> two r c"), two=2, r=ring_size)
-        return rearrange(_turn_second(halves, axis % x.ndim), _along(x, axis, "two r c -> (two r c)"))
+        halves = _rearrange(x, axis, "(r two c) -> two r c", two=2, r=ring_size)
+        return rearrange(_turn_second(halves, axis % x.ndim), _along(x.ndim, axis % x.ndim, "two r c -> (two r c)"))
 
     def offsets(self, behind: int, ahead: int, ring_size: int, length: int) -> list[int]:
         chunks = min(math.ceil(max(behind, ahead) / (length // 2)), ring_size)
@@ -161,12 +166,26 @@ def get(name: "str | Layout") -> Layout:
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Contiguous(), Striped(), Zigzag())}
 
 
-def _along(x, axis: int, pattern: str) -> str:
+def _rearrange(x, axis: int, pattern: str, **sizes: int):
     """The einops `pattern` of one axis, applied to `axis` of `x` and leaving the others alone."""
     axis %= x.ndim
-    before, after = (" ".join(f"{side}{i}" for i in range(n)) for side, n in (("a", axis), ("z", x.ndim - axis - 1)))
+    return rearrange(_whole(x, axis), _along(x.ndim, axis, pattern), **sizes)
+
+
+def _along(ndim: int, axis: int, pattern: str) -> str:
+    before, after = (" ".join(f"{side}{i}" for i in range(n)) for side, n in (("a", axis), ("z", ndim - axis - 1)))
     left, right = pattern.split("->")
     return f"{before} {left.strip()} {after} -> {before} {right.strip()} {after}"
+
+
+def _whole(x, axis: int):
+    """`x` with `axis` on every device where its type says that it is sharded (explicit mesh axes): a sharded
+    axis cannot be reshaped then, and a permutation of the whole sequence moves it anyway."""
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.Array) else None
+    if sharding is None or len(sharding.spec) <= axis or sharding.spec[axis] is None:
+        return x
+    spec = sharding.spec
+    return jax.reshard(x, NamedSharding(sharding.mesh, P(*spec[:axis], None, *spec[axis + 1 :])))
 
 
 def _turn_second(halves, axis: int):

@@ -80,7 +80,7 @@ class Reach:
         return dataclasses.replace(self, behind=behind, ahead=ahead)
 
     def interval(self, index: Int[Array, "*B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-        """Global `start` and `stop` of the keys that each query sees, for queries at global `index` `[T]` or `[B, T]`."""
+        """Global `start` and `stop` of the keys seen by the queries at global `index` (`[T]` or `[B, T]`)."""
         behind = self.behind if self.max_behind is None else jnp.minimum(self.behind, self.max_behind)
         ahead = self.ahead if self.max_ahead is None else jnp.minimum(self.ahead, self.max_ahead)
         return index - behind, index + ahead + 1

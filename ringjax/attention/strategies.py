@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 from einops import rearrange, reduce, repeat
 from jax import lax
 from jaxtyping import Array
@@ -9,6 +10,7 @@ from jaxtyping import Array
 from ringjax.attention.kernels.base import Gradients, Kernel, Score
 from ringjax.attention.merge import Partial
 from ringjax.attention.ring import Ring
+from ringjax.attention.vjp import Strategy
 
 STRATEGIES = ("ring", "all_gather", "ulysses", "hybrid")
 
@@ -108,16 +110,46 @@ def check_name(strategy: str) -> None:
         raise ValueError(f"unknown strategy {strategy!r}; the strategies are {', '.join(map(repr, STRATEGIES))}")
 
 
-def check_heads(heads: int, kv_heads: int, width: int) -> None:
-    """Raises NotImplementedError when Ulysses cannot split the heads of one device over `width` devices."""
-    if heads % width or (kv_heads % width and width % kv_heads):
+def get(strategy: str, ring: Ring) -> Strategy:
+    """The strategy called `strategy`, over `ring`."""
+    check_name(strategy)
+    if strategy == "ring":
+        return ring
+    return AllGather(ring) if strategy == "all_gather" else Ulysses(ring)
+
+
+def width(strategy: str, ulysses_size: int | None, heads: int, kv_heads: int, devices: int) -> int:
+    """How many neighbouring devices trade heads for sequence: 1 without Ulysses.
+
+    'hybrid' without a `ulysses_size` takes the largest that fits, at most the devices of this host. Raises
+    ValueError for a size that means nothing, NotImplementedError where the heads cannot be split.
+    """
+    if strategy in ("ring", "all_gather"):
+        if ulysses_size is not None:
+            raise ValueError(f"ulysses_size {ulysses_size} means nothing to strategy {strategy!r}; use 'hybrid'")
+        return 1
+    if strategy == "ulysses":
+        if ulysses_size not in (None, devices):
+            raise ValueError(f"ulysses_size {ulysses_size} with strategy 'ulysses' on {devices} devices; use 'hybrid'")
+        size = devices
+    elif ulysses_size is None:
+        size = _widest(heads, kv_heads, devices, most=jax.local_device_count())
+    elif ulysses_size < 1 or devices % ulysses_size:
+        raise ValueError(f"ulysses_size {ulysses_size} does not divide the {devices} devices of the ring")
+    else:
+        size = ulysses_size
+    if not _splits(heads, kv_heads, size):
         raise NotImplementedError(
-            f"ulysses over {width} devices cannot split {heads} query and {kv_heads} key/value heads a device evenly; "
+            f"ulysses over {size} devices cannot split {heads} query and {kv_heads} key/value heads a device evenly; "
             "use strategy='ring', or 'hybrid' with a ulysses_size that divides both"
         )
+    return size
 
 
-def widest(heads: int, kv_heads: int, devices: int, most: int) -> int:
-    """The largest group that divides `devices`, splits the heads evenly and has at most `most` devices."""
-    fits = (w for w in range(min(devices, most), 0, -1) if devices % w == 0)
-    return next(w for w in fits if heads % w == 0 and (kv_heads % w == 0 or w % kv_heads == 0))
+def _splits(heads: int, kv_heads: int, size: int) -> bool:
+    return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+
+
+def _widest(heads: int, kv_heads: int, devices: int, most: int) -> int:
+    sizes = range(min(devices, most), 0, -1)
+    return next(size for size in sizes if devices % size == 0 and _splits(heads, kv_heads, size))

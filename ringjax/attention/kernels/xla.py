@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from ringjax.attention.kernels.base import Gradients, Kernel, Score, accumulator, product, varying_like
 from ringjax.attention.merge import Partial
