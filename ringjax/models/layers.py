@@ -96,7 +96,7 @@ class Embedding(nnx.Module):
 def look_up(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"], here: Bool[Array, "B T"], dtype: jnp.dtype, parallel: Parallel
 ) -> Float[Array, "B T D"]:
-    """The rows of `table` for the tokens that are `here`, 0 for the others; a token outside the table gives 0.
+    """The rows of `table` for the tokens that are `here`, 0 for the others; a token outside the table gives NaN.
 
     Each device looks up its own tokens in its own part of the vocabulary; the sum over tp completes them. Gradients are
     summed in float32.
@@ -118,11 +118,13 @@ def _own_rows(tokens, here, rows: int, parallel: Parallel):
 
 def _look_up_forward(table, tokens, here, dtype, parallel: Parallel):
     table_spec, ids_spec, out_spec = _look_up_specs(table, tokens, parallel)
+    vocab_size = table.shape[0]
 
     def local(table, tokens, here):
         table = parallel.gather_weight(table, table_spec, dtype)
         found = table.at[_own_rows(tokens, here, table.shape[0], parallel)].get(mode="fill", fill_value=0)
-        return parallel.sum_over(found, "tp")
+        outside = here & ((tokens < 0) | (tokens >= vocab_size))
+        return jnp.where(outside[..., None], jnp.nan, parallel.sum_over(found, "tp"))
 
     found = parallel.local(local, (table_spec, ids_spec, ids_spec), out_spec)(table, tokens, here)
     return found, (table, tokens, here)

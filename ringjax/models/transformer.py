@@ -208,7 +208,8 @@ class Transformer(nnx.Module):
         dtype = self.config.compute_dtype
         with jax.named_scope("embed"):
             if self.vte is None:
-                return look_up(self.wte.embedding[...], tokens, jnp.ones_like(modality), dtype, parallel)
+                text_only = jnp.where(modality, -1, tokens)  # a vision token here is an error: it becomes NaN
+                return look_up(self.wte.embedding[...], text_only, jnp.ones_like(modality), dtype, parallel)
             text = look_up(self.wte.embedding[...], tokens, ~modality, dtype, parallel)
             return text + look_up(self.vte.embedding[...], tokens, modality, dtype, parallel)
 
