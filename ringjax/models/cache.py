@@ -60,7 +60,7 @@ def append_and_attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Writes T new tokens after the `lengths` ones of each row and attends to all of them; the caches stay where they are.
+    """Writes T new tokens after the `lengths` ones of each row and attends to all of them; the caches do not move.
 
     A token past the capacity is not written (the caller checks: lengths are data).
     """

@@ -137,8 +137,8 @@ class ModelConfig:
         if self.heads % self.key_heads:
             divisors = ", ".join(str(k) for k in range(1, self.heads + 1) if self.heads % k == 0)
             raise ValueError(
-                f"kv_heads {self.key_heads} does not divide heads {self.heads}: every key head serves the same number of"
-                f" query heads; use one of {divisors}"
+                f"kv_heads {self.key_heads} does not divide heads {self.heads}: every key head serves the same number"
+                f" of query heads; use one of {divisors}"
             )
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"heads {self.heads} does not divide width {self.width}; set head_dim")
@@ -195,7 +195,12 @@ class ModelConfig:
         return self.layers * block + tables * self.width + self.width
 
     def validate_mesh(
-        self, mesh_shape: Mapping[str, int], *, seq_len: int | None = None, layout: str = "striped", batch: int | None = None
+        self,
+        mesh_shape: Mapping[str, int],
+        *,
+        seq_len: int | None = None,
+        layout: str = "striped",
+        batch: int | None = None,
     ) -> None:
         """Raises ValueError where the model, or rows of `seq_len` tokens, cannot be cut over such a mesh.
 

@@ -111,7 +111,7 @@ def _gather(w1, w2, w3, up: P, down: P, dtype, parallel: Parallel):
 
 
 def _cut(x: Float[Array, "B T D"], chunk: int) -> tuple[Float[Array, "blocks chunk D"], int]:
-    """The local tokens in blocks, the last one padded with zeros (which add nothing to any gradient), and their count."""
+    """The local tokens in blocks, the last padded with zeros (which add nothing to any gradient), and their count."""
     flat = x.reshape(-1, x.shape[-1])
     count = flat.shape[0]
     blocks = -(-count // chunk)

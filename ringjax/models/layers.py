@@ -23,7 +23,9 @@ class Weight(nnx.Module):
 class Linear(Weight):
     """`y = x · kernel (+ bias)`, without any communication but the sum over a cut input."""
 
-    def __init__(self, inputs: int, outputs: int, axes: tuple[str, str], config: ModelConfig, rngs: nnx.Rngs, bias: bool = False):
+    def __init__(
+        self, inputs: int, outputs: int, axes: tuple[str, str], config: ModelConfig, rngs: nnx.Rngs, bias: bool = False
+    ):
         super().__init__((inputs, outputs), axes, config, rngs)
         self.bias = nnx.Param(jnp.zeros((outputs,), config.storage_dtype), axes=(axes[1],)) if bias else None
 
@@ -41,7 +43,7 @@ def linear(
 ) -> Float[Array, "B T O"]:
     """`x · kernel` in x's type, with the kernel's gradient summed in float32 over tokens and devices.
 
-    The kernel is stored in pieces and gathered here, in x's type; the backward pass gathers it again rather than keep it.
+    The kernel is stored in pieces and gathered here, in x's type; the backward pass gathers it again, not to keep it.
     """
     return _linear_forward(x, kernel, axes, parallel)[0]
 
@@ -94,7 +96,11 @@ class Embedding(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def look_up(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"], here: Bool[Array, "B T"], dtype: jnp.dtype, parallel: Parallel
+    table: Float[Array, "V D"],
+    tokens: Int[Array, "B T"],
+    here: Bool[Array, "B T"],
+    dtype: jnp.dtype,
+    parallel: Parallel,
 ) -> Float[Array, "B T D"]:
     """The rows of `table` for the tokens that are `here`, 0 for the others; a token outside the table gives NaN.
 

@@ -95,8 +95,8 @@ class Parallel:
         for size, axis in zip(shape, axes):
             if axis in _MUST_DIVIDE and size % self.size(*LOGICAL_AXES[axis]):
                 raise ValueError(
-                    f"tp {self.size('tp')} does not divide the {axis} axis of a parameter of shape {shape}; use a tp that"
-                    f" divides {size}"
+                    f"tp {self.size('tp')} does not divide the {axis} axis of a parameter of shape {shape}; use a tp"
+                    f" that divides {size}"
                 )
         return self.spec_for(shape, *axes)
 

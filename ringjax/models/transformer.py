@@ -177,7 +177,7 @@ class Transformer(nnx.Module):
         return self.ln_f(x), KVCache(k, v, cache.lengths + tokens.shape[1])
 
     def text_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Float32 logits of the text head, for a few tokens: training uses `cross_entropy`, which never holds them all."""
+        """Float32 logits of the text head, for a few tokens; training's `cross_entropy` never holds them all."""
         return _logits(hidden, self.head_kernel("text"))
 
     def vision_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

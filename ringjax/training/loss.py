@@ -91,8 +91,8 @@ def token_nll(
     """`logsumexp(h · W) − (h · W)[target]` of each token under the head of its target, float32; 0 where not `active`.
 
     Each device sorts its tokens by head and computes, for each head, only the chunks that hold one of its tokens. The
-    vocabulary may be cut over tp. The backward pass makes the logits again, chunk by chunk. An active target outside its
-    vocabulary gives NaN: better a run that stops than one that learns nonsense.
+    vocabulary may be cut over tp. The backward pass makes the logits again, chunk by chunk. An active target outside
+    its vocabulary gives NaN: better a run that stops than one that learns nonsense.
     """
     if chunk < 1:
         raise ValueError(f"chunk {chunk} must be at least 1: it is the number of tokens whose logits exist at a time")
