@@ -166,7 +166,9 @@ def _config(arguments: list[str]) -> int:
 
 def _info(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
-        print("usage: ringjax info\n\nVersions, devices, and attention backends with the reason where one can't be used.")
+        print(
+            "usage: ringjax info\n\nVersions, devices, and attention backends with the reason where one can't be used."
+        )
         return OK
     if arguments:
         raise UsageError(f"ringjax info takes no arguments, not {' '.join(arguments)}")
@@ -177,15 +179,20 @@ def _info(arguments: list[str]) -> int:
 
 
 def _tokenize(arguments: list[str]) -> int:
-    from ringjax.data.tokenize import run_tokenize
+    import tyro
 
-    return run_tokenize(arguments) or OK
+    from ringjax.data.tokenize import TokenizeConfig, run_tokenize
+
+    print(run_tokenize(tyro.cli(TokenizeConfig, prog="ringjax tokenize", args=arguments)))
+    return OK
 
 
 COMMANDS = {
     "train": Command(_train, "train CONFIG [--section.key value …]", "train, or go on where a run was stopped"),
     "config": Command(_config, "config show CONFIG [--section.key value …]", "the resolved config as YAML"),
-    "tokenize": Command(_tokenize, "tokenize …", "text, pictures and clips to a data set"),
+    "tokenize": Command(
+        _tokenize, "tokenize --inputs FILE … --output FOLDER", "text, pictures and clips to a data set"
+    ),
     "info": Command(_info, "info", "devices, versions and attention backends"),
 }
 

@@ -52,10 +52,15 @@ class JsonLines:
         """How an error names a row: file and line, counted from 1 as editors do."""
         return f"{self.path} line {self.line_index[row] + 1}"
 
+    def span(self, row: int) -> tuple[int, int]:
+        """Where a row begins and ends in the file, in bytes."""
+        line = self.line_index[row]
+        return int(self._starts[line]), int(self._stops[line])
+
     def __getitem__(self, row: int) -> dict:
         """The JSON object of a row. Raises DataError where it is garbled, cut, or no object."""
-        line = self.line_index[row]
-        return parse_line(self._bytes[self._starts[line] : self._stops[line]], self.place(row))
+        start, stop = self.span(row)
+        return parse_line(self._bytes[start:stop], self.place(row))
 
 
 def parse_line(raw: bytes, place: str) -> dict:

@@ -1,0 +1,96 @@
+"""Pictures and clips from files to square uint8 frames.
+
+PNG, JPEG, WebP and GIF, still or animated. A camera's rotation mark (EXIF) is obeyed; transparency is laid on the
+background; palettes, grey, CMYK and 16-bit grey become RGB or grey as the image tokenizer wants.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageColor, ImageOps
+
+from ringjax.data.errors import DataError
+
+Fit = Literal["crop", "pad", "centre"]
+
+# Nothing else is parsed: Pillow knows many formats, some through outside programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+# What Pillow raises on damaged or hostile files of these formats.
+_FAULTS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def read_frames(
+    path: str | Path,
+    resolution: int,
+    *,
+    channels: int = 3,
+    fit: Fit = "crop",
+    background: str = "white",
+    max_frames: int | None = None,
+) -> UInt8[np.ndarray, "frames H W *C"]:
+    """The frames of a picture (one) or clip, at most `max_frames` of them, evenly spread.
+
+    `fit`: `crop` the middle square and resize it; `pad` to a square with the background and resize; `centre` leaves
+    the size as it is (no larger than `resolution`), for tokenizers of small pictures. With 3 channels the frames are
+    `[frames, H, W, 3]`, with 1 `[frames, H, W]`.
+
+    Raises:
+        DataError: the file is missing, damaged, of another kind, or too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            # A picture of more pixels than Pillow trusts is an error for this line, not a message on the screen.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return _read(Path(path), resolution, channels, fit, background, max_frames)
+    except FileNotFoundError:
+        raise DataError(f"picture {path} does not exist") from None
+    except DataError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise DataError(f"picture {path} is none of {', '.join(FORMATS)}, or its beginning is damaged") from None
+    except _FAULTS as error:
+        raise DataError(f"picture {path} cannot be read: {error}") from None
+
+
+def _read(path: Path, resolution: int, channels: int, fit: Fit, background: str, max_frames: int | None) -> np.ndarray:
+    with Image.open(path, formats=FORMATS) as picture:
+        count = getattr(picture, "n_frames", 1)
+        wanted = range(count)
+        if max_frames is not None and count > max_frames:
+            wanted = np.linspace(0, count - 1, max_frames).astype(int)
+        frames = []
+        for index in wanted:
+            picture.seek(int(index))
+            flat = flatten(picture, channels, background)
+            frames.append(np.asarray(_square(flat, resolution, fit, background, path)))
+        return np.stack(frames)
+
+
+def flatten(picture: Image.Image, channels: int, background: str) -> Image.Image:
+    """The picture upright, without transparency, in RGB (3 channels) or grey (1)."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        # Pillow would clip 16-bit grey at 255 instead of scaling it.
+        picture = Image.fromarray((np.clip(np.asarray(picture, np.int64), 0, 65535) >> 8).astype(np.uint8))
+    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, ImageColor.getrgb(background))
+        picture = Image.alpha_composite(ground, picture)
+    picture = picture.convert("RGB")
+    return picture if channels == 3 else picture.convert("L")
+
+
+def _square(picture: Image.Image, resolution: int, fit: Fit, background: str, path: Path) -> Image.Image:
+    if fit == "centre":
+        if max(picture.size) > resolution:
+            raise DataError(f"picture {path} of {picture.size} is larger than {resolution}; use fit crop or pad")
+        return picture
+    if picture.size == (resolution, resolution):
+        return picture
+    size, how = (resolution, resolution), Image.Resampling.LANCZOS
+    if fit == "crop":
+        return ImageOps.fit(picture, size, method=how)
+    return ImageOps.pad(picture, size, method=how, color=background)
