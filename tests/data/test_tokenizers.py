@@ -1,0 +1,84 @@
+"""Tokenizers give no token that was not asked for."""
+
+import json
+
+import pytest
+
+from ringjax.data import samples
+from ringjax.data.tokenizers import ByteTokenizer, JsonTokenizer, TextTokenizer, load_tokenizer
+
+TEXTS = ["It is a truth universally acknowledged,", " spaces ", "naïve 字 🙂", "<s> not </s> special <pad>"]
+
+
+@pytest.fixture(scope="module", params=["bytes", "sample", "sentencepiece"])
+def tokenizer(request, tmp_path_factory):
+    if request.param != "sentencepiece":
+        return load_tokenizer(request.param)
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("sp")
+    (folder / "text.txt").write_text("\n".join(samples.prose_chapters("heldout")[0].split(". ")))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=400, byte_fallback=True,
+        model_type="bpe", remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
+        num_threads=1,
+    )  # fmt: skip
+    return load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_without_special_tokens(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_interface(tokenizer):
+    assert isinstance(tokenizer, TextTokenizer)
+    assert len({tokenizer.bos_id, tokenizer.eos_id}) == 2
+    assert 0 <= tokenizer.pad_id < tokenizer.vocab_size
+    assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("a b"), tokenizer.eos_id]) == "a b"
+    assert tokenizer.fingerprint
+
+
+def test_markers_are_one_id_where_there_is_one():
+    assert load_tokenizer("sample").marker("<vision>") == [3]
+    assert load_tokenizer("sample").encode("<vision>") != [3]
+    assert ByteTokenizer().marker("<vision>") == ByteTokenizer().encode("<vision>")
+
+
+def test_a_missing_padding_token_is_no_fault(tmp_path):
+    content = json.loads(samples.path("prose_tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<pad>"]
+    del content["model"]["vocab"]["<pad>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.pad_id == tokenizer.eos_id == 2
+
+
+def test_fingerprints_tell_tokenizers_apart(tmp_path):
+    content = samples.path("prose_tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(content.replace(b'"version": "1.0"', b'"version":  "1.0"'))
+    prints = {load_tokenizer(name).fingerprint for name in ("bytes", "sample")}
+    assert len(prints) == 2
+    assert load_tokenizer(str(samples.path("prose_tokenizer.json"))).fingerprint in prints
+
+
+def test_bad_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="'nowhere' does not exist; give 'sample'"):
+        load_tokenizer("nowhere")
+    with pytest.raises(ValueError, match="no known kind"):
+        load_tokenizer(str(tmp_path))
+    cut = tmp_path / "tokenizer.json"
+    cut.write_bytes(samples.path("prose_tokenizer.json").read_bytes()[:500])
+    with pytest.raises(ValueError, match="not a whole tokenizer.json"):
+        JsonTokenizer(cut)
+    bad = tmp_path / "tokenizer.model"
+    bad.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not a whole SentencePiece model"):
+        load_tokenizer(str(bad))
+    content = json.loads(samples.path("prose_tokenizer.json").read_text().replace('"</s>"', '"(end)"'))
+    (tmp_path / "noend.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has no end token"):
+        load_tokenizer(str(tmp_path / "noend.json"))
