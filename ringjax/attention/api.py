@@ -90,7 +90,7 @@ def ring_attention(
     order = layouts.get(layout)
     strategies.check_name(strategy)
     if q.shape[1] != k.shape[1]:
-        raise ValueError(f"this shard has {q.shape[1]} queries and {k.shape[1]} keys; a ring holds equal shares of both")
+        raise ValueError(f"this shard has {q.shape[1]} queries and {k.shape[1]} keys; a ring holds as many of each")
     length, ring_size = q.shape[1], lax.axis_size(axis_name)
     order.validate(length * ring_size, ring_size)
     index = order.slots(lax.axis_index(axis_name), ring_size, length)

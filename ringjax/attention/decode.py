@@ -34,7 +34,7 @@ def decode_attention(
     `lengths` (integers `[B]`) counts the tokens in the cache, the new ones included: query t of row b is at
     position `lengths[b] − T + t` and sees the positions up to its own, with `window` only the last `window`
     of them. `reach` (int32 `[B, T]`) overrides that, in the same positions. Slots at or past `lengths` are
-    never seen, whatever they hold.
+    never seen, whatever finite numbers they hold.
 
     With `axis_name` (inside `shard_map`), q and lengths are the same on all devices of that axis and the caches
     are shards of one of S·R slots, in `layout` order. Each device attends to its own slots and the partial
