@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ringjax.data.config import DataConfig, SourceConfig
 from ringjax.data.loader import make_loader
 from ringjax.training.config import StageConfig
 from ringjax.training.feed import Feed
@@ -22,37 +23,38 @@ class Evaluator:
 
     def __call__(self, params: Any) -> dict[str, dict[str, float | None]]:
         """Source -> {"loss", "text_loss", "vision_loss"}, a modality without tokens being None."""
-        return {name: self._source(source, params) for name, source in sources(self._stage).items()}
+        return {name: self._source(source, params) for name, source in held_out_sources(self._stage.data).items()}
 
-    def _source(self, source: Any, params: Any) -> dict[str, float | None]:
+    def _source(self, source: SourceConfig, params: Any) -> dict[str, float | None]:
         total = None
-        for rows in itertools.islice(self._loader(source), self._stage.training.eval_batches):
+        loader = self._loader(source)
+        for rows in itertools.islice(loader, self._stage.training.eval_batches):
             sums = jax.device_get(self._trainer.evaluate(params, self._feed.place(rows)))
             sums = jax.tree.map(lambda x: np.sum(x, dtype=np.float64), sums)
             total = sums if total is None else jax.tree.map(np.add, total, sums)
+        loader.close()
         with np.errstate(invalid="ignore"):
-            return {name: _number(value) for name, value in loss_metrics(total).items()}
+            return {} if total is None else {name: _number(value) for name, value in loss_metrics(total).items()}
 
-    def _loader(self, source: Any):
+    def _loader(self, source: SourceConfig):
         training, (index, count) = self._stage.training, self._feed.group
-        return iter(
-            make_loader(
-                dataclasses.replace(self._stage.data, sources=(source,)),
-                seq_len=training.seq_len,
-                batch_size=training.batch_size,
-                layout=self._stage.mesh.layout,
-                ring_size=self._mesh.shape["sp"],
-                seed=self._seed,
-                process_index=index,
-                process_count=count,
-                split="heldout",
-            )
+        return make_loader(
+            dataclasses.replace(self._stage.data, heldout=(dataclasses.replace(source, weight=None),)),
+            seq_len=training.seq_len,
+            batch_size=training.batch_size,
+            layout=self._stage.mesh.layout,
+            ring_size=self._mesh.shape["sp"],
+            seed=self._seed,
+            process_index=index,
+            process_count=count,
+            split="heldout",
         )
 
 
-def sources(stage: StageConfig) -> dict[str, Any]:
-    """The sources of a stage by the name they have in metrics."""
-    return {source if isinstance(source, str) else str(source.path): source for source in stage.data.sources}
+def held_out_sources(data: DataConfig) -> dict[str, SourceConfig]:
+    """The sources to evaluate on by the name they have in metrics; those of a sample are its held-out part."""
+    sources = data.heldout or tuple(source for source in data.sources if source.path.startswith("sample:"))
+    return {source.path: source for source in sources}
 
 
 def _number(value: Any) -> float | None:

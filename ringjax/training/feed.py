@@ -6,9 +6,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ringjax.data.loader import make_loader
-from ringjax.training.config import StageConfig
+from ringjax.data.loader import make_loader, merge_states
+from ringjax.data.sources import open_sources
+from ringjax.data.tokenizers import load_tokenizer
+from ringjax.training.config import RunConfig, StageConfig
 from ringjax.training.distributed import gather_json, place_batch, row_group
+from ringjax.training.yaml_tree import ConfigError
+
+
+class DataEnded(RuntimeError):
+    """The data has a last batch (data.epochs) and it has been trained on."""
 
 
 class Fed(NamedTuple):
@@ -21,8 +28,8 @@ class Fed(NamedTuple):
 class Feed:
     """Reads one batch ahead, so that the host packs the next one while the devices work on this one."""
 
-    def __init__(self, stage: StageConfig, mesh: Mesh, seed: int, states: list[Any] | None = None):
-        """`states`: what `gather_states` returned when the checkpoint was made, None for the beginning."""
+    def __init__(self, stage: StageConfig, mesh: Mesh, seed: int, state: dict[str, Any] | None = None):
+        """`state`: what `whole_state` returned when the checkpoint was made, None for the beginning."""
         training = stage.training
         self._mesh, self._accumulation = mesh, training.accumulation
         self.group = row_group(mesh, training.batch_size // training.accumulation)
@@ -37,34 +44,62 @@ class Feed:
             process_index=index,
             process_count=count,
         )
-        if states is not None:
-            if len(states) != count:
-                raise ValueError(
-                    f"the checkpoint was made with {len(states)} groups of rows and this mesh has {count}: the order of"
-                    " the data would change; use as many processes along dp and fsdp as before"
-                )
-            self._loader.set_state(states[index])
-        self._iterator = iter(self._loader)
+        if state is not None:
+            self._loader.set_state(state)
         self._ahead: Fed | None = None
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._loader.close()
+
     def next(self) -> Fed:
-        """The next batch."""
-        fed, self._ahead = self._ahead or self._read(), None
+        """The next batch; raises DataEnded after the last one."""
+        self.prepare()
+        fed, self._ahead = self._ahead, None
+        if fed is None:
+            raise DataEnded("the data has ended; raise data.epochs (null: without end) or lower training.steps")
         return fed
 
     def prepare(self) -> None:
         """Read the batch after the one just given; call while the devices are busy."""
-        self._ahead = self._ahead or self._read()
-
-    def _read(self) -> Fed:
-        return Fed(next(self._iterator), self._loader.get_state())
+        if self._ahead is None:
+            rows = next(self._loader, None)
+            self._ahead = None if rows is None else Fed(rows, self._loader.get_state())
 
     def place(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Rows of this process as global arrays `[micro-batches, rows, T]`."""
         return place_batch(rows, self._mesh, self._accumulation, self.group)
 
-    def gather_states(self, state: Any) -> list[Any]:
-        """The loader state of every group of rows, in order, on every process."""
-        by_group = dict(gather_json([self.group[0], state]))
-        return [by_group[index] for index in range(self.group[1])]
+    def whole_state(self, fed: Fed) -> dict[str, Any]:
+        """The place after `fed` for any number of processes: the states of all of them, merged."""
+        by_group = dict(gather_json([self.group[0], fed.loader_state]))
+        return merge_states(list(by_group.values()))
 
+
+def check_data(config: RunConfig) -> None:
+    """Open the data of every stage once, so that a missing file stops a run at its start and not after a week.
+
+    Raises ConfigError with one line for each stage whose data cannot be used.
+    """
+    problems = []
+    for stage in config.stage_list:
+        try:
+            _check_stage_data(stage)
+        except (ValueError, OSError, ImportError) as error:
+            problems.append(f"stage {stage.name!r}: {error}" if config.stages else str(error))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_stage_data(stage: StageConfig) -> None:
+    size = load_tokenizer(stage.data.tokenizer).vocab_size
+    if size > stage.model.vocab_size:
+        raise ValueError(
+            f"tokenizer {stage.data.tokenizer!r} has {size} ids and model.vocab_size is {stage.model.vocab_size};"
+            f" set it to {size} or more"
+        )
+    open_sources(stage.data, "train")
+    if stage.training.eval_every:
+        open_sources(stage.data, "heldout")

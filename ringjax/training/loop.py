@@ -18,7 +18,7 @@ from ringjax.training import distributed
 from ringjax.training.checkpoint import CheckpointStore, check_same_arrays, describe_arrays, last_whole, load_arrays
 from ringjax.training.config import RunConfig, StageConfig
 from ringjax.training.evaluate import Evaluator
-from ringjax.training.feed import Fed, Feed
+from ringjax.training.feed import DataEnded, Fed, Feed, check_data
 from ringjax.training.load import check_devices, mesh_shape, to_plain, to_yaml
 from ringjax.training.mesh import is_simulated, make_mesh, simulate_devices
 from ringjax.training.metrics import MetricsWriter
@@ -38,6 +38,7 @@ def train(config: RunConfig) -> Path:
     simulate_devices(max(stage.mesh.simulated_devices for stage in config.stage_list))
     distributed.start(config.distributed)
     check_devices(config, len(jax.devices()), is_simulated())
+    check_data(config)
     with Run(config) as run, StopSignals() as signals, _debug(config):
         run.begin()
         for index in range(run.first_stage, len(config.stage_list)):
@@ -130,13 +131,13 @@ class Run(contextlib.AbstractContextManager):
         mesh = make_mesh(mesh_shape(stage, is_simulated()))
         parallel = Parallel(mesh, stage.mesh.layout, stage.mesh.strategy, stage.mesh.backend)
         trainer = make_trainer(stage.model, stage.optimizer, parallel, steps=stage.training.steps, start=start)
-        self.state, loader_states, done = self._enter(trainer, stage, start)
-        feed = Feed(stage, mesh, self.config.seed + index, loader_states)
+        self.state, loader_state, done = self._enter(trainer, stage, start)
         self._announce(stage, mesh, trainer)
-        self.display.start_stage(stage.name, done - start, stage.training.steps)
-        StageLoop(self, index, stage, start, trainer, feed, mesh).run(done, signals)
+        with Feed(stage, mesh, self.config.seed + index, loader_state) as feed:
+            self.display.start_stage(stage.name, done - start, stage.training.steps)
+            StageLoop(self, index, stage, start, trainer, feed, mesh).run(done, signals)
 
-    def _enter(self, trainer: Trainer, stage: StageConfig, start: int) -> tuple[TrainState, list | None, int]:
+    def _enter(self, trainer: Trainer, stage: StageConfig, start: int) -> tuple[TrainState, dict | None, int]:
         """The state at the beginning of a stage: restored, carried over from the stage before, or new."""
         if self.resumed is None:
             state = self.state
@@ -181,6 +182,7 @@ class StageLoop:
         history = run.writer.history if run.writer else []
         self.guard = LossGuard(stage.training.spike, [record.get("loss") for record in history])
         self.pending: list[Pending] = []
+        self.newest: Fed | None = None
         self.clock: float | None = None
         # Metrics are read one step late, so that the host prepares a step while the devices do the one before.
         # Simulated devices get no such lead: with few cores, programs that overlap wait for each other's threads.
@@ -194,9 +196,10 @@ class StageLoop:
         """Steps `done` + 1 … of the stage; saves at the end."""
         training, every = self.stage.training, self.run_.config.checkpoint.every
         for step in range(done + 1, self.end + 1):
-            fed = self.feed.next()
+            fed = self._next(step)
             self.run_.state, metrics = self.trainer.step(self.run_.state, self.feed.place(fed.rows))
             self.pending.append(Pending(step, fed, metrics))
+            self.newest = fed
             if step < self.end:
                 self.feed.prepare()
             self.report(keep=self.lag)
@@ -211,6 +214,16 @@ class StageLoop:
             if training.eval_every and (step % training.eval_every == 0 or step == self.end):
                 self.report(keep=0)
                 self.evaluate(step)
+
+    def _next(self, step: int) -> Fed:
+        try:
+            return self.feed.next()
+        except DataEnded as error:
+            if self.newest is not None:
+                self.report(keep=0)
+                self.save(step - 1, self.newest)
+                self.run_.store.wait()
+            raise DataEnded(f"after step {step - 1}: {error} (the state is saved)") from None
 
     def report(self, keep: int) -> None:
         """Read the metrics of all but the newest `keep` steps."""
@@ -242,17 +255,18 @@ class StageLoop:
         info = {
             "step": step,
             "stage": self.index,
-            "loader": self.feed.gather_states(fed.loader_state),
+            "loader": self.feed.whole_state(fed),
             "config": to_plain(self.run_.config),
             "parameters": describe_arrays(state.params),
             "optimizer": describe_arrays(state.optimizer),
         }
         self.run_.store.save(step, {"params": state.params, "optimizer": state.optimizer}, info)
+        self.clock = time.monotonic()
 
     def evaluate(self, step: int) -> None:
         """Held-out losses by source, to metrics.jsonl and the display."""
         results = self.evaluator(self.run_.state.params)
-        self.clock = None  # an evaluation is no part of a step's time
+        self.clock = time.monotonic()  # an evaluation is no part of a step's time
         if self.run_.writer is not None:
             self.run_.writer.write({"step": step, "eval": results})
         words = ", ".join(f"{source} {values['loss']:.4f}" for source, values in results.items())

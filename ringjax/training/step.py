@@ -1,5 +1,6 @@
 """One training step: the exact weighted loss of a whole batch, its gradient, and AdamW, in one compiled program."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ class Trainer(NamedTuple):
     evaluate: Callable[[Any, Batch], LossSums]
 
 
+@functools.lru_cache(maxsize=4)  # a run that goes on in the same process (a notebook) compiles nothing again
 def make_trainer(model: ModelConfig, config: OptimizerConfig, parallel: Parallel, *, steps: int, start: int) -> Trainer:
     """The functions of a stage of `steps` steps that begins at step `start` of the run.
 
