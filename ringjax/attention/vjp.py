@@ -6,6 +6,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -53,7 +54,9 @@ def _forward(strategy, kernel, score, q, k, v, start, stop):
 
 
 def _backward(strategy, kernel, score, residuals, cotangents):
-    q, k, v, out, lse, start, stop = residuals
+    # Without the barrier XLA sees that unrolled hops receive the same K and V as in the forward pass, and keeps
+    # all R shards alive between the two rather than send them again.
+    q, k, v, out, lse, start, stop = lax.optimization_barrier(residuals)
     dout, dlse = cotangents
     dtype = accumulator(q, k, v)
     rows = jnp.sum(dout.astype(dtype) * out.astype(dtype), axis=-1)
