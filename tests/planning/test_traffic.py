@@ -29,7 +29,8 @@ def sent(function, *arrays) -> int:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout, ring_size, window, v_dim", [
-    ("striped", 8, None, V_DIM), ("zigzag", 4, None, HEAD_DIM), ("contiguous", 8, 9, V_DIM), ("striped", 1, None, V_DIM),
+    ("striped", 8, None, V_DIM), ("zigzag", 4, None, HEAD_DIM), ("contiguous", 8, 9, V_DIM),
+    ("striped", 1, None, V_DIM),
 ])  # fmt: skip
 def test_bytes_are_those_of_the_program(layout, ring_size, window, v_dim, dtype):
     q, k, v, dout, _ = cases.inputs(BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM, v_dim, dtype)

@@ -44,7 +44,7 @@ def test_causal_balance():
     ring_size, block = 8, (LENGTH // 8) ** 2
     contiguous = work.pairs("contiguous", ring_size, LENGTH)
     device, hop = np.indices(contiguous.shape)
-    assert (contiguous[hop > device] == 0).all() and (contiguous[(0 < hop) & (hop <= device)] == block).all()
+    assert (contiguous[hop > device] == 0).all() and (contiguous[(hop > 0) & (hop <= device)] == block).all()
     for layout in ("striped", "zigzag"):
         found = work.pairs(layout, ring_size, LENGTH)
         assert (abs(found - block / 2) <= LENGTH // 8 / 2).all()
