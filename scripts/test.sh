@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets up an environment and runs the tests:  bash scripts/test.sh [pytest arguments]
+# Without arguments the slow tests are left out; `-m slow` runs those, `-m ""` all.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+venv=${VENV:-.venv}
+environment "$venv" test
+[ $# -gt 0 ] || set -- -m "not slow"
+exec "$venv/bin/python" -m pytest -q "$@"
