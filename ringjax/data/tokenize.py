@@ -8,6 +8,7 @@ output, which gets its name when all is done: an interrupted run leaves nothing 
 import contextlib
 import dataclasses
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -25,6 +26,8 @@ from ringjax.data.jsonl import JsonLines
 from ringjax.data.records import FORMAT, META, file_digest
 from ringjax.data.tokenize_shard import Line, PictureEncoder, Recipe, ShardResult, ShardWriter, start_worker, work
 from ringjax.data.tokenizers import load_tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,7 @@ def run_tokenize(config: TokenizeConfig) -> TokenizeReport:
         raise FileExistsError(f"{output} is no data set, so it is not overwritten; give another output")
     lines, inputs = _lines(config)
     output.parent.mkdir(parents=True, exist_ok=True)
+    _mention_leftovers(output)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=output.parent))
     try:
         recipe, made_with = _recipe(config, unfinished)
@@ -266,6 +270,14 @@ def _write_meta(folder: Path, results: list[ShardResult], made_with: dict) -> No
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
     (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def _mention_leftovers(output: Path) -> None:
+    left = sorted(output.parent.glob(f".{output.name}.unfinished-*"))
+    if left:
+        _log.warning(
+            "%s is left from a run that was killed, or belongs to one still going; delete it in the first case", left[0]
+        )
 
 
 def _occupied(output: Path) -> bool:

@@ -1,7 +1,9 @@
 """One shard of `ringjax tokenize`: from lines to a file of records. Runs in a worker process, or in the caller's."""
 
 import dataclasses
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -223,6 +225,15 @@ def start_worker(recipe: Recipe) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 1)
     _writer = ShardWriter(recipe)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker waits on a queue that it holds open itself, so it would outlive a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def work(number: int, lines: tuple[Line, ...]) -> ShardResult:
