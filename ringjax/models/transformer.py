@@ -165,6 +165,7 @@ class Transformer(nnx.Module):
         parallel: Parallel = _ONE_DEVICE,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """`hidden` of T new tokens after those in the cache (in ascending order), and the cache with them."""
+        tokens, modality, positions = _checked(tokens, modality, positions)
         cos, sin = self._rotations(positions)
         graph, blocks = nnx.split(self.h)
 
@@ -193,7 +194,7 @@ class Transformer(nnx.Module):
 
     def _scan(self, tokens, modality, positions, reach, parallel: Parallel, keep):
         """The stream after all blocks, and what `keep` makes of every block's keys and values, stacked."""
-        self._check_inputs(tokens, modality, positions)
+        tokens, modality, positions = _checked(tokens, modality, positions)
         cos, sin = self._rotations(positions)
         graph, blocks = nnx.split(self.h)
 
@@ -216,12 +217,14 @@ class Transformer(nnx.Module):
     def _rotations(self, positions):
         return rotations(positions, self.config.head_size, self.config.rope_theta, self.config.rope_scaling)
 
-    @staticmethod
-    def _check_inputs(tokens, modality, positions) -> None:
-        for name, x, kind in (("tokens", tokens, "i"), ("modality", modality, "b"), ("positions", positions, "i")):
-            if x.ndim != 2 or x.shape != tokens.shape or x.dtype.kind != kind:
-                what = "bool (True: vision)" if kind == "b" else "integer"
-                raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; it must be {what} [B, T] = {list(tokens.shape)}")
+
+def _checked(tokens, modality, positions):
+    """The three as jax arrays; raises ValueError where a shape or type does not fit."""
+    for name, x, kind in (("tokens", tokens, "i"), ("modality", modality, "b"), ("positions", positions, "i")):
+        if x.ndim != 2 or x.shape != tokens.shape or x.dtype.kind != kind:
+            what = "bool (True: vision)" if kind == "b" else "integer"
+            raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; it must be {what} [B, T] = {list(tokens.shape)}")
+    return jnp.asarray(tokens), jnp.asarray(modality), jnp.asarray(positions)
 
 
 def _head(vocab_size: int, config: ModelConfig, rngs: nnx.Rngs) -> Linear:

@@ -66,10 +66,10 @@ def cross_entropy(
     with respect to the model's parameters and `hidden`, not the weights.
     """
     heads = (model.head_kernel("text"), None if model.vte is None else model.head_kernel("vision"))
-    weights, vision = lax.stop_gradient(batch["loss_weights"].astype(jnp.float32)), batch["target_modality"]
-    nll = token_nll(
-        heads, hidden, batch["targets"], vision, weights != 0, parallel=parallel, chunk=chunk or model.config.loss_chunk
-    )
+    targets, vision, weights = (jnp.asarray(batch[name]) for name in ("targets", "target_modality", "loss_weights"))
+    weights = lax.stop_gradient(weights.astype(jnp.float32))
+    chunk = model.config.loss_chunk if chunk is None else chunk
+    nll = token_nll(heads, hidden, targets, vision, weights != 0, parallel=parallel, chunk=chunk)
     return LossSums(
         text_loss_sum=jnp.sum(nll * weights, where=~vision),
         text_weight=jnp.sum(weights, where=~vision),

@@ -1,0 +1,86 @@
+import jax
+import numpy as np
+import pytest
+
+from ringjax.attention import Reach, layouts
+from ringjax.models import Parallel
+from tests.models import cases
+from tests.models.cases import changed
+
+ROWS, LENGTH, PROMPT, CAPACITY = 2, 24, 16, 32
+
+
+def sequence(config):
+    batch = cases.batch(config, rows=ROWS, length=LENGTH)
+    position = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
+    return batch["tokens"], batch["modality"], position
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize(
+    "shape, layout", [(None, "striped"), ((2, 1, 2, 2), "striped"), ((1, 1, 1, 4), "striped"), ((2, 1, 1, 1), "zigzag")]
+)
+def test_decoding_equals_the_full_forward(shape, layout, window):
+    config = changed(window=window)
+    parallel = Parallel(None if shape is None else cases.mesh(*shape), layout)
+    model = cases.model(config, parallel)
+    inputs = sequence(config)
+    full = np.asarray(cases.model(config).hidden(*inputs))
+
+    order = layouts.get(layout)
+    prompt = [order.permute(x[:, :PROMPT], parallel.ring_size, 1) for x in inputs]
+    reach = Reach.causal(ROWS, PROMPT).permute(layout, parallel.ring_size)
+    prefill = jax.jit(lambda *x: model.prefill(*x, reach, cache_length=CAPACITY, parallel=parallel))
+    states, cache = prefill(*prompt)
+    close(order.restore(np.asarray(states), parallel.ring_size, 1), full[:, :PROMPT])
+
+    decode = jax.jit(lambda cache, *x: model.decode(*x, cache, parallel=parallel))
+    for t in range(PROMPT, PROMPT + 4):
+        states, cache = decode(cache, *(x[:, t : t + 1] for x in inputs))
+        close(states, full[:, t : t + 1])
+    states, cache = decode(cache, *(x[:, PROMPT + 4 : PROMPT + 7] for x in inputs))  # several at once
+    close(states, full[:, PROMPT + 4 : PROMPT + 7])
+    assert cache.lengths.tolist() == [PROMPT + 7] * ROWS and cache.capacity == CAPACITY
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_different_lengths():
+    """New tokens of a shorter row overwrite its padding."""
+    model, inputs = cases.model(), sequence(cases.SMALL)
+    lengths = np.asarray([PROMPT, PROMPT - 5], np.int32)
+    padded = [np.where(np.arange(PROMPT) < lengths[:, None], x[:, :PROMPT], 0).astype(x.dtype) for x in inputs]
+    _, cache = model.prefill(*padded, cache_length=LENGTH, lengths=lengths)
+    full = np.asarray(model.hidden(*inputs))
+    for step in range(3):
+        at = lengths[:, None] + step
+        states, cache = model.decode(*(np.take_along_axis(x, at, 1) for x in inputs), cache)
+        close(states, np.take_along_axis(full, at[..., None], 1))
+
+
+def test_the_cache_is_cut_over_the_mesh():
+    parallel = Parallel(cases.mesh(1, 1, 2, 4))
+    model = cases.model(cases.SMALL, parallel)
+    prompt = [x[:, :PROMPT] for x in sequence(cases.SMALL)]
+    _, cache = jax.jit(lambda *x: model.prefill(*x, cache_length=CAPACITY, parallel=parallel))(*prompt)
+    whole = cases.SMALL.layers, ROWS, CAPACITY, cases.SMALL.key_heads, cases.SMALL.head_size
+    assert cache.k.shape == whole
+    assert cache.k.sharding.shard_shape(whole) == (whole[0], ROWS, CAPACITY // 4, whole[3] // 2, whole[4])
+
+
+def test_refuses_a_cache_that_cannot_hold_the_prompt():
+    model, inputs = cases.model(), sequence(cases.SMALL)
+    with pytest.raises(ValueError, match="cache_length 8 is shorter than the 24 tokens"):
+        model.prefill(*inputs, cache_length=8)
+
+
+def test_refuses_layouts_whose_tokens_would_move():
+    parallel = Parallel(cases.mesh(1, 1, 1, 4), "zigzag")
+    model, inputs = cases.model(cases.SMALL, parallel), sequence(cases.SMALL)
+    with pytest.raises(NotImplementedError, match="layout 'zigzag' over sp = 4.*use layout 'striped'"):
+        model.prefill(*inputs, cache_length=CAPACITY, parallel=parallel)
+    with pytest.raises(ValueError, match="seq_len 30 cannot be cut into 4 shards"):
+        striped = Parallel(parallel.mesh)
+        model.prefill(*inputs, cache_length=30, parallel=striped)
