@@ -100,6 +100,7 @@ class CheckpointStore:
         self._config, self._say = config, say
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._newest: int | None = None
 
     def tidy(self) -> None:
         """Put aside what a kill left behind, so that its step can be saved again. Process 0, before training."""
@@ -119,17 +120,21 @@ class CheckpointStore:
     def save(self, step: int, arrays: dict[str, Any], info: dict[str, Any]) -> None:
         """Start saving `arrays` (name -> pytree) and `info`; returns while the files are being written.
 
+        The step that was saved last is not saved again.
         Raises CheckpointError when the save before this one, or the start of this one, failed.
         """
         self.wait()
         path = self.folder / f"step_{step:08d}"
+        if step == self._newest:
+            return
+        self._newest = step
         named = {name: flatten_named(tree) for name, tree in arrays.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             response = _orbax().save_checkpointables_async(path, named)
         except Exception as error:
             self._failure = error
-            return self.poll()
+            self.poll()
         self._thread = threading.Thread(target=self._finish, args=(response, path, info), name="checkpoint")
         self._thread.start()
         if not self._config.asynchronous:

@@ -15,7 +15,14 @@ import jax
 
 from ringjax.models.parallel import Parallel
 from ringjax.training import distributed
-from ringjax.training.checkpoint import CheckpointStore, check_same_arrays, describe_arrays, last_whole, load_arrays
+from ringjax.training.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    check_same_arrays,
+    describe_arrays,
+    last_whole,
+    load_arrays,
+)
 from ringjax.training.config import RunConfig, StageConfig
 from ringjax.training.evaluate import Evaluator
 from ringjax.training.feed import DataEnded, Fed, Feed, check_data
@@ -76,6 +83,10 @@ class Run(contextlib.AbstractContextManager):
         self.first_stage = 0
 
     def __exit__(self, *error):
+        try:
+            self.store.wait()  # whatever ended the run, a save that has begun is worth its end
+        except CheckpointError as second:
+            self.display.say(str(second))
         self.display.close()
         if self.writer is not None:
             self.writer.close()

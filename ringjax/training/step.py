@@ -64,13 +64,13 @@ def make_trainer(model: ModelConfig, config: OptimizerConfig, parallel: Parallel
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, sums = accumulate(jax.grad(loss_sums, has_aux=True), state.params, batch, shardings.params)
-        weight = jnp.maximum(sums.text_weight + sums.vision_weight, jnp.finfo(jnp.float32).tiny)
+        weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: g / weight, grads)
         with jax.named_scope("optimizer"):
             rate = learning_rate(config, state.step - start, steps)
             direction, opt_state = optimizer.update(grads, state.optimizer, state.params)
             params = jax.tree.map(lambda w, d: (w - rate * d).astype(w.dtype), state.params, direction)
-        metrics = {**loss_metrics(sums), "grad_norm": optax.global_norm(grads), "learning_rate": rate}
+        metrics = {**loss_metrics(sums), "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     def evaluate(params, batch: Batch) -> LossSums:
@@ -118,9 +118,8 @@ def accumulate(gradient: Callable, params: Any, batch: Batch, shardings: Any) ->
 
 def loss_metrics(sums: LossSums) -> Metrics:
     """Mean losses, over all tokens and by modality; NaN where a modality has no token in the batch."""
-    loss, weight = sums.text_loss_sum + sums.vision_loss_sum, sums.text_weight + sums.vision_weight
     return {
-        "loss": loss / weight,
+        "loss": sums.loss,
         "text_loss": sums.text_loss_sum / sums.text_weight,
         "vision_loss": sums.vision_loss_sum / sums.vision_weight,
     }
