@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ringjax as rj
 from ringjax.attention import api, kernels
@@ -75,6 +77,23 @@ def test_fewer_queries_than_keys_are_the_last_ones(backend):
     )(q, k, v, dout, dlse)
     g = np.arange(7, 12)[None]
     expected = oracle.attention(q, k, v, np.maximum(g - 5, 0), g + 1, dout, dlse)
+    assert max(oracle.errors(found, expected)) <= oracle.FLOAT32
+
+
+@settings(max_examples=12, deadline=None)
+@given(keys=st.integers(1, 40), missing=st.integers(0, 39), tile=st.integers(1, 41), groups=st.sampled_from([1, 3]))
+def test_random_lengths(keys, missing, tile, groups):
+    """Any T ≤ S in tiles of any size, against float64."""
+    length = max(1, keys - missing)
+    arrays = cases.inputs(1, length, 3, groups, 4, 4, keys=keys, seed=keys)
+    g = keys - length + np.arange(length, dtype=np.int32)[None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "QUERY_TILE", tile)
+        patch.setattr(xla, "KEY_CHUNK", tile)
+        api._compiled.clear_cache()
+        found = run("xla", arrays, g, 0 * g)
+    api._compiled.clear_cache()
+    expected = oracle.attention(*arrays[:3], 0 * g, g + 1, *arrays[3:])
     assert max(oracle.errors(found, expected)) <= oracle.FLOAT32
 
 
