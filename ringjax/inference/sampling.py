@@ -1,0 +1,75 @@
+"""From logits to a token."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. Temperature comes first, then `top_k`, then `top_p` of what is left.
+
+    Raises ValueError for a value outside its range.
+    """
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0: always the most likely token."""
+    top_k: int | None = None
+    """Only the k most likely tokens (and those that tie with the last of them)."""
+    top_p: float | None = None
+    """Only the most likely tokens that together reach this probability (Holtzman et al. 2019, arXiv:1904.09751)."""
+    guidance: float = 1.0
+    """Classifier-free guidance: how far to go from the logits without the condition to those with it; 1: not used."""
+    seed: int = 0
+    """Of the random numbers. A row's numbers depend on the seed and its place in the batch, not on the other rows."""
+
+    def __post_init__(self):
+        _require(
+            self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "0 or more"
+        )
+        _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1, or None")
+        _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1, or None")
+        _require(math.isfinite(self.guidance), "guidance", self.guidance, "a finite number; 1 switches it off")
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
+
+
+def _require(condition: bool, name: str, value, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} {value!r} must be {rule}")
+
+
+def guide(
+    conditional: Float[Array, "... V"], unconditional: Float[Array, "... V"], guidance: float
+) -> Float[Array, "... V"]:
+    """`unconditional + guidance · (conditional − unconditional)` (Ho & Salimans 2022, arXiv:2207.12598)."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def sample(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
+    """A token of each row, drawn with the row's own key."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p is not None:
+        logits = keep_top_p(logits, sampling.top_p)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+    """−inf for all but the `k` largest of each row; what ties with the last of them stays."""
+    least = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+    """−inf for all but the fewest tokens of each row, likeliest first, whose probabilities reach `p`."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    chances = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(chances, axis=-1) - chances  # of all likelier tokens: the one that crosses p stays
+    least = jnp.min(ordered, axis=-1, keepdims=True, where=before < p, initial=jnp.inf)
+    return jnp.where(logits >= least, logits, -jnp.inf)

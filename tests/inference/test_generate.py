@@ -1,0 +1,164 @@
+"""Tokens do not depend on the mesh, and equal those of recomputing the whole sequence at every step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+from ringjax.data.example import Example
+from ringjax.inference import Sampling, append_text, generate_frames, generate_text, text_prompt
+from ringjax.inference.sampling import guide, sample
+from ringjax.models import ModelConfig, Parallel, Transformer
+
+CODES, NEW, LONGEST = 4, 7, 32
+
+
+@functools.cache
+def small_model(**changes) -> Transformer:
+    sizes = dict(width=32, ffn_width=48, layers=2, heads=4, kv_heads=2, vocab_size=40, vision_vocab_size=24)
+    # Large weights: sampled tokens then depend on every part of the model.
+    config = ModelConfig(**{**sizes, "vision_codes": 20, "dtype": "float32", "init_std": 0.3, **changes})
+    return Transformer(config, nnx.Rngs(0))
+
+
+def parallel(shape: tuple[int, int, int, int], layout: str = "striped") -> Parallel:
+    count = int(np.prod(shape))
+    mesh = Mesh(
+        np.array(jax.devices()[:count]).reshape(shape), ("dp", "fsdp", "tp", "sp"), axis_types=(AxisType.Auto,) * 4
+    )
+    return Parallel(mesh, layout)
+
+
+def prompts() -> list[Example]:
+    """Different lengths, and one that holds a picture."""
+    picture = np.array([3, 17, 5, 9, 21], np.int32)
+    seen = Example(picture, np.ones(5, bool), np.zeros(5, bool))
+    mixed = Example(
+        *(np.concatenate([getattr(a, f) for a in (text_prompt([1, 3]), seen)]) for f in ("tokens", "modality", "loss"))
+    )
+    return [text_prompt([1, 7, 9]), append_text(mixed, [4]), text_prompt(list(range(1, 20))), text_prompt([1])]
+
+
+@functools.cache
+def logits_at(model, vision: bool):
+    """Compiled once for a fixed length: what comes after the token asked for cannot be seen from it."""
+
+    @jax.jit
+    def function(tokens, modality, index):
+        hidden = model.hidden(tokens, modality, jnp.arange(LONGEST, dtype=jnp.int32)[None])[:, index]
+        return model.vision_logits(hidden)[:, : model.config.vision_codes] if vision else model.text_logits(hidden)
+
+    return function
+
+
+def recomputed(model, rows, new, sampling, *, partners=None, codes=0):
+    """The same without cache, batch, padding or loop: every token from a forward pass over all before it."""
+    config, results = model.config, []
+
+    def look(row, tail):
+        tokens, modality = np.zeros((1, LONGEST), np.int32), np.zeros((1, LONGEST), bool)
+        end = len(row) + len(tail)
+        tokens[0, :end] = [*row.tokens, *tail]
+        modality[0, :end] = [*row.modality, *[codes > 0] * len(tail)]
+        return logits_at(model, codes > 0)(tokens, modality, end - 1)
+
+    for number, row in enumerate(rows):
+        key, tail = jax.random.fold_in(jax.random.key(sampling.seed), number), []
+        for step in range(new):
+            logits = look(row, tail)
+            if partners is not None:
+                logits = guide(logits, look(partners[number], tail), sampling.guidance)
+            token = int(sample(logits, jax.random.fold_in(key, step)[None], sampling)[0])
+            if codes and step % (codes + 1) == codes:
+                token = config.end_of_vision if step == new - 1 else config.end_of_frame
+            tail.append(token)
+        results.append(tail)
+    return results
+
+
+DRAWN = Sampling(temperature=1.0, top_k=12, top_p=0.95, seed=3)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), DRAWN], ids=["greedy", "sampled"])
+def test_text_equals_recomputing(sampling):
+    model = small_model()
+    found = generate_text(model, prompts(), max_new_tokens=NEW, sampling=sampling)
+    assert [row.tolist() for row in found] == recomputed(model, prompts(), NEW, sampling)
+
+
+def test_frames_equal_recomputing_with_guidance():
+    model, sampling = small_model(), Sampling(guidance=2.5, seed=1)
+    rows, partners = prompts()[:2], [text_prompt([1]), text_prompt([1, 3])]
+    found = generate_frames(
+        model, rows, codes_per_frame=CODES, frames=2, sampling=sampling, unconditional=partners
+    )  # fmt: skip
+    want = np.array(recomputed(model, rows, 2 * (CODES + 1), sampling, partners=partners, codes=CODES))
+    assert want[:, CODES].tolist() == [20, 20] and want[:, -1].tolist() == [21, 21]
+    assert found.shape == (2, 2, CODES)
+    np.testing.assert_array_equal(found, want.reshape(2, 2, CODES + 1)[..., :-1])
+
+
+def test_a_sliding_window_is_kept():
+    model = small_model(window=4)
+    found = generate_text(model, prompts(), max_new_tokens=NEW, sampling=DRAWN)
+    assert [row.tolist() for row in found] == recomputed(model, prompts(), NEW, DRAWN)
+    assert [row.tolist() for row in found] != recomputed(small_model(), prompts(), NEW, DRAWN)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((1, 1, 1, 8), "striped"), ((2, 1, 2, 2), "striped"), ((1, 1, 1, 4), "zigzag"), ((1, 3, 1, 2), "contiguous")],
+)
+def test_tokens_do_not_depend_on_the_mesh(shape, layout):
+    model = small_model()
+    one = generate_text(model, prompts(), max_new_tokens=NEW, sampling=DRAWN)
+    many = generate_text(model, prompts(), max_new_tokens=NEW, sampling=DRAWN, parallel=parallel(shape, layout))
+    assert [row.tolist() for row in many] == [row.tolist() for row in one]
+
+
+def test_guided_frames_do_not_depend_on_the_mesh():
+    options = dict(codes_per_frame=CODES, sampling=Sampling(guidance=3.0, seed=5), unconditional=[text_prompt([1])] * 3)
+    one = generate_frames(small_model(), prompts()[:3], **options)
+    many = generate_frames(small_model(), prompts()[:3], **options, parallel=parallel((2, 1, 1, 4)))
+    np.testing.assert_array_equal(one, many)
+
+
+def test_guidance_of_one_is_no_guidance():
+    plain = generate_frames(small_model(), prompts()[:2], codes_per_frame=CODES)
+    beside = generate_frames(small_model(), prompts()[:2], codes_per_frame=CODES, unconditional=[text_prompt([1])] * 2)
+    np.testing.assert_array_equal(plain, beside)
+
+
+def test_a_row_ends_at_its_own_stop_token():
+    model = small_model()
+    free = generate_text(model, prompts(), max_new_tokens=12, sampling=DRAWN)
+    stop = int(free[0][4])
+    held = generate_text(model, prompts(), max_new_tokens=12, sampling=DRAWN, stop_ids=[stop])
+    for row, whole in zip(held, free):
+        places = np.flatnonzero(whole == stop)
+        assert row.tolist() == whole[: places[0] + 1 if len(places) else None].tolist()
+    assert len(held[0]) <= 5
+
+
+def test_rows_do_not_see_each_other():
+    alone = generate_text(small_model(), prompts()[:1], max_new_tokens=NEW, sampling=DRAWN)
+    together = generate_text(small_model(), prompts(), max_new_tokens=NEW, sampling=DRAWN)
+    assert alone[0].tolist() == together[0].tolist()
+
+
+def test_wrong_calls_say_so():
+    model, text_only = small_model(), small_model(vision_vocab_size=0)
+    with pytest.raises(ValueError, match="max_new_tokens 0 must be"):
+        generate_text(model, prompts(), max_new_tokens=0)
+    with pytest.raises(ValueError, match="there is no prompt"):
+        generate_text(model, [], max_new_tokens=1)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate_text(model, [text_prompt([1]), text_prompt([])], max_new_tokens=1)
+    with pytest.raises(ValueError, match="draws no pictures"):
+        generate_frames(text_only, prompts()[:1], codes_per_frame=CODES)
+    with pytest.raises(ValueError, match="guidance 2.0 needs as many unconditional prompts as prompts"):
+        generate_frames(model, prompts()[:2], codes_per_frame=CODES, sampling=Sampling(guidance=2.0))
