@@ -150,7 +150,7 @@ class Parallel:
 
     def gather_weight(self, weight: Array, spec: P, dtype: jnp.dtype) -> Array:
         """Inside `local`: a parameter in the compute type, whole but for its cut over tp."""
-        weight = weight.astype(dtype)
+        weight = jnp.asarray(weight, dtype)
         for dimension, axes in self._gathered(spec):
             weight = lax.all_gather(weight, axes, axis=dimension, tiled=True)
         return weight

@@ -165,6 +165,7 @@ class _Tokens(NamedTuple):
 
     @classmethod
     def of(cls, hidden, targets, head_of, heads: int, chunk: int) -> "_Tokens":
+        hidden, targets = jnp.asarray(hidden), jnp.asarray(targets)
         flat = head_of.ravel()
         count = flat.shape[0]
         chunk = min(chunk, count)

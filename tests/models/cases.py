@@ -27,7 +27,7 @@ def batch(config: ModelConfig = SMALL, rows: int = 4, length: int = 32, seed: in
     """Packed rows of text and vision, some padding at the end of row 0, in ascending order."""
     rng = np.random.default_rng(seed)
     shape = rows, length
-    modality, target_modality = (rng.random(shape) < 0.4 if config.vision_vocab_size else np.zeros(shape, bool) for _ in "12")
+    modality, target_modality = (rng.random(shape) < (0.4 if config.vision_vocab_size else 0) for _ in "12")
     begins = np.where(np.arange(length) < length // 3, 0, length // 3)
     positions = np.broadcast_to(np.arange(length) - begins, shape).astype(np.int32)
     weights = np.where(rng.random(shape) < 0.3, 0, rng.random(shape)).astype(np.float32)

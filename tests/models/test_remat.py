@@ -43,7 +43,8 @@ def test_gradients_are_the_same(runs, policy):
 
 def test_only_full_repeats_the_attention(runs):
     """A ring's forward pass rotates K and V: its rotations in the program count how often it runs."""
-    rotations = {policy: len(re.findall(r"collective-permute(?:-start)?\(", text)) for policy, (text, _) in runs.items()}
+    permute = re.compile(r"collective-permute(?:-start)?\(")
+    rotations = {policy: len(permute.findall(text)) for policy, (text, _) in runs.items()}
     assert rotations["save_attention"] == rotations["offload"] == rotations["none"]
     assert rotations["full"] >= rotations["none"] + 3  # R − 1 more
 
@@ -79,5 +80,5 @@ def test_offload_is_refused_without_host_memory(monkeypatch):
             return [type("Memory", (), {"kind": "device"})()]
 
     monkeypatch.setattr(remat_module.jax, "local_devices", lambda: [Device()])
-    with pytest.raises(NotImplementedError, match="needs pinned host memory.*toaster devices here have device; use 'save"):
+    with pytest.raises(NotImplementedError, match="pinned host memory.*toaster devices here have device; use 'save"):
         remat_module.rematerialise(lambda x: x, "offload", Parallel())

@@ -43,8 +43,10 @@ def test_scores_depend_on_the_distance_only():
     q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 1, 64)).astype(np.float32)
 
     def score(i, j):
-        turned = [rotate(jnp.asarray(x), *rotations(np.asarray([[at]], np.int32), 64, 1e6)) for x, at in ((q, i), (k, j))]
-        return float(jnp.sum(turned[0] * turned[1]))
+        turned_q, turned_k = (
+            rotate(jnp.asarray(x), *rotations(np.asarray([[at]], np.int32), 64, 1e6)) for x, at in ((q, i), (k, j))
+        )
+        return float(jnp.sum(turned_q * turned_k))
 
     assert score(1_048_575, 1_048_500) == pytest.approx(score(75, 0), abs=1e-4)
 
