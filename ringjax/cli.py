@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 OK, FAILED, USAGE, PREEMPTED = 0, 1, 2, 75
 
@@ -100,8 +100,11 @@ def _nearest(name: str, choices) -> str:
     return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(choices)}"
 
 
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Positional arguments, and `--key value` / `--key=value` pairs in order; a key without value is `true`."""
+def split_overrides(arguments: Sequence[str], flags: Sequence[str] = ()) -> tuple[list[str], list[tuple[str, str]]]:
+    """Positional arguments, and `--key value` / `--key=value` pairs in order; a key without value is `true`.
+
+    `flags` are keys whose value is true or false: anything else behind them is not theirs.
+    """
     positional, pairs, rest = [], [], list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -109,9 +112,11 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
             positional.append(argument)
             continue
         key, given, value = argument[2:].partition("=")
+        key = key.replace("-", "_")
         if not given:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        pairs.append((key.replace("-", "_"), value))
+            bare = not rest or rest[0].startswith("--") or (key in flags and rest[0] not in ("true", "false"))
+            value = "true" if bare else rest.pop(0)
+        pairs.append((key, value))
     return positional, pairs
 
 
@@ -128,23 +133,25 @@ def _load(arguments: list[str], command: str):
     return load_config(positional[0], pairs)
 
 
-def _config_help(command: str, config) -> None:
+def _config_help(command: str, config) -> NoReturn:
     """Print every override with its type and value, and leave."""
-    import tyro
-
-    from ringjax.training.config import RunConfig
     from ringjax.training.load import parse_config
 
     config = config or parse_config("{model: {size: debug}, data: {}}")
+    about = "Overrides on top of CONFIG, with its values. Stages are set alike: --stages.0.training.steps 10"
+    _print_help(dataclasses.replace(config, stages=()), f"ringjax {command} CONFIG", about)
+
+
+def _print_help(default, usage: str, about: str) -> NoReturn:
+    """Every option of a config dataclass with its type and the value in `default`; leaves."""
+    import tyro
+
+    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     tyro.cli(
-        RunConfig,
-        default=dataclasses.replace(config, stages=()),
-        args=["--help"],
-        prog=f"ringjax {command} CONFIG",
-        description="Overrides on top of CONFIG, with its values. Stages are set alike: --stages.0.training.steps 10",
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        type(default), default=default, args=["--help"], prog=usage, description=about, config=options,
         use_underscores=True,
-    )
+    )  # fmt: skip
+    raise SystemExit(OK)
 
 
 def _train(arguments: list[str]) -> int:
@@ -179,11 +186,19 @@ def _info(arguments: list[str]) -> int:
 
 
 def _tokenize(arguments: list[str]) -> int:
-    import tyro
-
     from ringjax.data.tokenize import TokenizeConfig, run_tokenize
+    from ringjax.training.typed import build
+    from ringjax.training.yaml_tree import Item, parse_value, to_item
 
-    print(run_tokenize(tyro.cli(TokenizeConfig, prog="ringjax tokenize", args=arguments)))
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+        usage = "ringjax tokenize INPUT … --output FOLDER"
+        _print_help(TokenizeConfig(("INPUT",), "FOLDER"), usage, "Text, pictures and clips to a data set.")
+    flags = [field.name for field in dataclasses.fields(TokenizeConfig) if field.type is bool]
+    inputs, pairs = split_overrides(arguments, flags)
+    values = {key: parse_value(value, f"--{key}") for key, value in pairs}
+    if inputs:
+        values["inputs"] = to_item(inputs, "command line")
+    print(run_tokenize(build(TokenizeConfig, Item(values, "command line"))))
     return OK
 
 

@@ -35,16 +35,21 @@ def test_version(capsys):
 
 def test_split_overrides():
     positional, pairs = cli.split_overrides(
-        ["a.yaml", "--training.steps", "10", "--mesh.shape=-1,1,1,8", "--optimizer.b1", "-1", "--logging.plot", "--x-y", "z"]
+        ["a.yaml", "--training.steps", "10", "--mesh.shape=-1,1,1,8", "--optimizer.b1", "-1", "--plot", "--x-y", "z"]
     )
     assert positional == ["a.yaml"]
     assert pairs == [
         ("training.steps", "10"),
         ("mesh.shape", "-1,1,1,8"),
         ("optimizer.b1", "-1"),
-        ("logging.plot", "true"),
+        ("plot", "true"),
         ("x_y", "z"),
     ]
+
+
+def test_flags_leave_the_next_argument_alone():
+    assert cli.split_overrides(["--overwrite", "a.txt"], flags=["overwrite"]) == (["a.txt"], [("overwrite", "true")])
+    assert cli.split_overrides(["--overwrite", "false"], flags=["overwrite"]) == ([], [("overwrite", "false")])
 
 
 def test_config_show_prints_the_resolved_config(capsys, config, tmp_path):
@@ -86,6 +91,18 @@ def test_help_shows_the_values_of_the_config(capsys, config):
     assert run(capsys, "train", "--help")[0] == 0
 
 
+def test_tokenize_makes_a_data_set(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("Some words. " * 20)
+    options = ["--output", str(tmp_path / "set"), "--workers", "0", "--overwrite"]
+    code, out, err = run(capsys, "tokenize", *options, str(tmp_path / "a.txt"))
+    assert (code, err) == (0, "") and "1 examples" in out
+    code, out, err = run(capsys, "tokenize", str(tmp_path / "a.txt"), "--outptu", "x")
+    assert code == 2 and "unknown key 'outptu'; did you mean 'output'?" in err
+    code, out, err = run(capsys, "tokenize", str(tmp_path / "gone.txt"), "--output", str(tmp_path / "other"))
+    assert code == 1 and "gone.txt" in err and err.count("\n") == 1
+    assert "--output" in run(capsys, "tokenize", "--help")[1]
+
+
 def test_info_names_devices_and_backends(capsys):
     code, out, _ = run(capsys, "info")
     assert code == 0
@@ -123,5 +140,6 @@ def test_importing_the_package_is_light():
     """`import ringjax` must not load what only training needs."""
     import subprocess
 
-    code = "import sys, ringjax, ringjax.cli; print([m for m in ('orbax','grain','matplotlib','tyro') if m in sys.modules])"
+    heavy = "('orbax', 'grain', 'matplotlib', 'tyro', 'flax')"
+    code = f"import sys, ringjax, ringjax.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

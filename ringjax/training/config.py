@@ -202,6 +202,8 @@ class RunConfig:
     data: DataConfig
     run_dir: str = "runs/default"
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, loss.png."""
+    init_from: str | None = None
+    """Folder of another run whose last checkpoint gives the first parameters; null: random ones."""
     seed: int = 0
     """Of the parameters and the order of the data."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

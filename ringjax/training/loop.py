@@ -16,6 +16,7 @@ import jax
 from ringjax.models.parallel import Parallel
 from ringjax.training import distributed
 from ringjax.training.checkpoint import (
+    FOLDER,
     CheckpointError,
     CheckpointStore,
     check_same_arrays,
@@ -153,7 +154,7 @@ class Run(contextlib.AbstractContextManager):
         if self.resumed is None:
             state = self.state
             if state is None:
-                return trainer.init(self.config.seed), None, start
+                return self._first_state(trainer), None, start
             return self._carry(trainer, stage, state.step, state.params, state.optimizer), None, start
         (path, info), self.resumed = self.resumed, None
         abstract = trainer.abstract
@@ -165,6 +166,23 @@ class Run(contextlib.AbstractContextManager):
         check_same_arrays(info["optimizer"], describe_arrays(abstract.optimizer), str(path), "optimizer")
         state = TrainState(step, params, load_arrays(path, "optimizer", abstract.optimizer))
         return state, None if info["step"] == start else info["loader"], info["step"]
+
+    def _first_state(self, trainer: Trainer) -> TrainState:
+        if self.config.init_from is None:
+            return trainer.init(self.config.seed)
+        found = distributed.same_on_all(self._find_first)
+        if found is None:
+            raise CheckpointError(f"init_from {self.config.init_from} holds no whole checkpoint; give another run's folder")
+        abstract = trainer.abstract
+        check_same_arrays(found[1], describe_arrays(abstract.params), found[0])
+        params = load_arrays(Path(found[0]), "params", abstract.params)
+        self.display.say(f"parameters from {found[0]}")
+        zero = jax.device_put(jax.numpy.int32(0), abstract.step.sharding)
+        return TrainState(zero, params, trainer.fresh_optimizer(params))
+
+    def _find_first(self) -> list | None:
+        found = last_whole(Path(self.config.init_from) / FOLDER, self.config.checkpoint.verify, self.display.say)
+        return None if found is None else [str(found[0]), found[1]["parameters"]]
 
     def _carry(self, trainer: Trainer, stage: StageConfig, step, params, optimizer) -> TrainState:
         places = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract)

@@ -20,7 +20,8 @@ from ringjax.training.stops import BadLoss, Preempted
 from ringjax.training.yaml_tree import ConfigError
 
 TINY = """
-model: {width: 16, ffn_width: 32, layers: 1, heads: 2, vocab_size: 512, vision_vocab_size: 0, dtype: float32, loss_chunk: 64}
+model:
+  {width: 16, ffn_width: 32, layers: 1, heads: 2, vocab_size: 512, vision_vocab_size: 0, dtype: float32, loss_chunk: 64}
 data: {sources: [{path: "sample:prose"}], prefetch: 0}
 training: {steps: 8, seq_len: 32, batch_size: 8, eval_batches: 1}
 optimizer: {learning_rate: 1.0e-2, warmup_steps: 2}
@@ -126,6 +127,13 @@ def test_the_model_comes_back_for_inference(unbroken):
         restore_model(unbroken, step=7)
     with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
         restore_model(unbroken / "nowhere")
+
+
+def test_a_run_begins_with_the_parameters_of_another(unbroken, tmp_path):
+    loop.train(config(tmp_path / "new", init_from=unbroken, optimizer__learning_rate=1e-9))
+    assert curve(tmp_path / "new")[0][1] < curve(unbroken)[0][1] - 0.3
+    with pytest.raises(CheckpointError, match="nowhere holds no whole checkpoint"):
+        loop.train(config(tmp_path / "other", init_from=unbroken / "nowhere"))
 
 
 def bad_step(monkeypatch, step, **values):

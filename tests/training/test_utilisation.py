@@ -8,7 +8,8 @@ from ringjax.training.utilisation import flops_per_row, mfu, peak_flops
 @pytest.mark.parametrize(
     "kind, teraflops",
     [
-        ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197), ("TPU v5p", 459), ("TPU v5", 459), ("TPU v6 lite", 918),
+        ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197), ("TPU v5p", 459), ("TPU v5", 459),
+        ("TPU v6 lite", 918),
         ("TPU v6e", 918), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H200", 989), ("NVIDIA B200", 2250),
     ],
