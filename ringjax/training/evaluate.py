@@ -6,20 +6,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from ringjax.data.config import DataConfig, SourceConfig
 from ringjax.data.loader import make_loader
 from ringjax.training.config import StageConfig
 from ringjax.training.feed import Feed
-from ringjax.training.step import Trainer, loss_metrics
+from ringjax.training.step import Trainer, loss_metrics, readable
 
 
 class Evaluator:
     """Called with parameters, it streams the first batches of each source's held-out part through the model."""
 
-    def __init__(self, stage: StageConfig, mesh: Mesh, trainer: Trainer, feed: Feed, seed: int):
-        self._stage, self._mesh, self._trainer, self._feed, self._seed = stage, mesh, trainer, feed, seed
+    def __init__(self, stage: StageConfig, trainer: Trainer, feed: Feed, seed: int):
+        self._stage, self._trainer, self._feed, self._seed = stage, trainer, feed, seed
 
     def __call__(self, params: Any) -> dict[str, dict[str, float | None]]:
         """Source -> {"loss", "text_loss", "vision_loss"}, a modality without tokens being None."""
@@ -33,8 +32,7 @@ class Evaluator:
             sums = jax.tree.map(lambda x: np.sum(x, dtype=np.float64), sums)
             total = sums if total is None else jax.tree.map(np.add, total, sums)
         loader.close()
-        with np.errstate(invalid="ignore"):
-            return {} if total is None else {name: _number(value) for name, value in loss_metrics(total).items()}
+        return {} if total is None else readable({name: float(x) for name, x in loss_metrics(total).items()})
 
     def _loader(self, source: SourceConfig):
         training, (index, count) = self._stage.training, self._feed.group
@@ -43,7 +41,7 @@ class Evaluator:
             seq_len=training.seq_len,
             batch_size=training.batch_size,
             layout=self._stage.mesh.layout,
-            ring_size=self._mesh.shape["sp"],
+            ring_size=self._feed.mesh.shape["sp"],
             seed=self._seed,
             process_index=index,
             process_count=count,
@@ -56,6 +54,3 @@ def held_out_sources(data: DataConfig) -> dict[str, SourceConfig]:
     sources = data.heldout or tuple(source for source in data.sources if source.path.startswith("sample:"))
     return {source.path: source for source in sources}
 
-
-def _number(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None

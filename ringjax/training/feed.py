@@ -31,7 +31,7 @@ class Feed:
     def __init__(self, stage: StageConfig, mesh: Mesh, seed: int, state: dict[str, Any] | None = None):
         """`state`: what `whole_state` returned when the checkpoint was made, None for the beginning."""
         training = stage.training
-        self._mesh, self._accumulation = mesh, training.accumulation
+        self.mesh, self._accumulation = mesh, training.accumulation
         self.group = row_group(mesh, training.batch_size // training.accumulation)
         index, count = self.group
         self._loader = make_loader(
@@ -47,6 +47,11 @@ class Feed:
         if state is not None:
             self._loader.set_state(state)
         self._ahead: Fed | None = None
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many lines of the data were left out so far, by reason."""
+        return dict(self._loader.skipped)
 
     def __enter__(self):
         return self
@@ -70,7 +75,7 @@ class Feed:
 
     def place(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Rows of this process as global arrays `[micro-batches, rows, T]`."""
-        return place_batch(rows, self._mesh, self._accumulation, self.group)
+        return place_batch(rows, self.mesh, self._accumulation, self.group)
 
     def whole_state(self, fed: Fed) -> dict[str, Any]:
         """The place after `fed` for any number of processes: the states of all of them, merged."""

@@ -42,10 +42,13 @@ class Trainer(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)  # a run that goes on in the same process (a notebook) compiles nothing again
-def make_trainer(model: ModelConfig, config: OptimizerConfig, parallel: Parallel, *, steps: int, start: int) -> Trainer:
+def make_trainer(
+    model: ModelConfig, config: OptimizerConfig, parallel: Parallel, *, steps: int, start: int, donate: bool = True
+) -> Trainer:
     """The functions of a stage of `steps` steps that begins at step `start` of the run.
 
-    `abstract` holds shapes, dtypes and shardings of the whole state: what a checkpoint is restored to.
+    `abstract` holds shapes, dtypes and shardings of the whole state: what a checkpoint is restored to. `donate`: a step
+    overwrites the state it is given.
     """
     optimizer = make_optimizer(config)
     graph = nnx.graphdef(Transformer.abstract(model))
@@ -83,7 +86,7 @@ def make_trainer(model: ModelConfig, config: OptimizerConfig, parallel: Parallel
         ),
         init=jax.jit(init, out_shardings=shardings),
         fresh_optimizer=jax.jit(optimizer.init, out_shardings=shardings.optimizer),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        step=jax.jit(step, donate_argnums=(0,) if donate else (), out_shardings=(shardings, everywhere)),
         evaluate=jax.jit(evaluate, out_shardings=everywhere),
     )
 
@@ -117,9 +120,20 @@ def accumulate(gradient: Callable, params: Any, batch: Batch, shardings: Any) ->
 
 
 def loss_metrics(sums: LossSums) -> Metrics:
-    """Mean losses, over all tokens and by modality; NaN where a modality has no token in the batch."""
+    """Mean losses, over all tokens and by modality, and what the modalities weigh: `readable` needs that."""
     return {
         "loss": sums.loss,
-        "text_loss": sums.text_loss_sum / sums.text_weight,
-        "vision_loss": sums.vision_loss_sum / sums.vision_weight,
+        "text_loss": sums.text_loss,
+        "vision_loss": sums.vision_loss,
+        "text_weight": sums.text_weight,
+        "vision_weight": sums.vision_weight,
     }
+
+
+def readable(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Metrics for people: without the weights, the loss of a modality that has no token being None."""
+    found = dict(metrics)
+    for modality in ("text", "vision"):
+        if found.pop(f"{modality}_weight") == 0:
+            found[f"{modality}_loss"] = None
+    return found

@@ -62,10 +62,15 @@ class StopSignals(contextlib.AbstractContextManager):
 class LossGuard:
     """Looks at every loss: NaN, infinity and jumps end the run."""
 
-    def __init__(self, spike: float, history: Iterable[float | None] = ()):
+    def __init__(self, spike: float, history: Iterable[float] = ()):
         """`spike`: nats above the median of the last losses that are too many, 0 for any; `history`: losses so far."""
         self._spike = spike
-        self._losses = deque((loss for loss in history if loss is not None), maxlen=WINDOW)
+        self._losses = deque(history, maxlen=WINDOW)
+
+    @property
+    def losses(self) -> list[float]:
+        """The losses that the next one is compared with."""
+        return list(self._losses)
 
     def problem(self, loss: float, grad_norm: float) -> str | None:
         """What is wrong with a step, or None; a good loss is remembered."""

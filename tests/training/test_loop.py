@@ -164,6 +164,11 @@ def test_nan_stops_with_the_batch_and_without_a_checkpoint(tmp_path, monkeypatch
         assert "lanes" in json.loads(str(saved["loader_state"]))
 
 
+def test_debugging_stops_where_the_nan_is_made(tmp_path):
+    with pytest.raises(BadLoss, match="training.debug_nans: invalid value .nan. encountered"):
+        loop.train(config(tmp_path, training__debug_nans=True, optimizer__learning_rate=1e30))
+
+
 def test_a_full_disk_stops_the_run_with_the_last_whole_checkpoint(tmp_path, monkeypatch):
     real = ckpt.write_manifest
 

@@ -1,0 +1,135 @@
+"""The steps of one stage: train, look at the loss, log, save, evaluate, stop."""
+
+import math
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+
+from ringjax.training.checkpoint import describe_arrays
+from ringjax.training.config import StageConfig
+from ringjax.training.evaluate import Evaluator
+from ringjax.training.feed import DataEnded, Fed, Feed
+from ringjax.training.load import to_plain
+from ringjax.training.mesh import is_simulated
+from ringjax.training.step import Trainer, readable
+from ringjax.training.stops import BadLoss, LossGuard, Preempted, StopSignals, save_bad_batch
+from ringjax.training.utilisation import flops_per_row, mfu
+
+if TYPE_CHECKING:
+    from ringjax.training.loop import Run
+
+
+class Pending(NamedTuple):
+    """A step that the devices may still be working on."""
+
+    step: int
+    fed: Fed
+    metrics: dict[str, jax.Array]
+
+
+class StageLoop:
+    """The steps of one stage."""
+
+    def __init__(self, run: "Run", index: int, stage: StageConfig, start: int, trainer: Trainer, feed: Feed, losses):
+        """`losses`: the last ones of this stage before a resume, to judge the next ones by."""
+        self.owner, self.index, self.stage, self.start = run, index, stage, start
+        self.trainer, self.feed = trainer, feed
+        self.end = start + stage.training.steps
+        self.evaluator = Evaluator(stage, trainer, feed, run.config.seed)
+        self.guard = LossGuard(stage.training.spike, losses)
+        self.pending: list[Pending] = []
+        self.newest: Fed | None = None
+        self.clock: float | None = None
+        self.skipped: dict[str, int] = {}
+        # Metrics are read one step late, so that the host prepares a step while the devices do the one before.
+        # Simulated devices get no such lead: with few cores, programs that overlap wait for each other's threads.
+        self.lag = 0 if is_simulated() else 1
+        parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainer.abstract.params))
+        model, training = stage.model, stage.training
+        width = model.heads * model.head_size
+        self.flops = training.batch_size * flops_per_row(parameters, model.layers, width, training.seq_len)
+
+    def run(self, done: int, signals: StopSignals) -> None:
+        """Steps `done` + 1 … of the stage; saves at the end."""
+        every, eval_every = self.owner.config.checkpoint.every, self.stage.training.eval_every
+        for step in range(done + 1, self.end + 1):
+            fed = self._next(step)
+            self.owner.state, metrics = self.trainer.step(self.owner.state, self.feed.place(fed.rows))
+            self.pending.append(Pending(step, fed, metrics))
+            self.newest = fed
+            if step < self.end:
+                self.feed.prepare()
+            self.report(keep=self.lag)
+            self.owner.store.poll()
+            signal = signals.received(step)
+            if eval_every and (step % eval_every == 0 or step == self.end) and not signal:
+                self.report(keep=0)
+                self.evaluate(step)  # before the checkpoint, so that a resume from it has the evaluation behind it
+            if step % every == 0 or step == self.end or signal:
+                self.report(keep=0)  # a state is saved only after its loss was seen
+                self.save(step, fed)
+            if signal:
+                self.owner.store.wait()
+                raise Preempted(f"{signal} at step {step}: saved; the same command goes on from there")
+
+    def _next(self, step: int) -> Fed:
+        try:
+            return self.feed.next()
+        except DataEnded as error:
+            if self.newest is not None:
+                self.report(keep=0)
+                self.save(step - 1, self.newest)
+                self.owner.store.wait()
+            raise DataEnded(f"after step {step - 1}: {error} (the state is saved)") from None
+
+    def report(self, keep: int) -> None:
+        """Read the metrics of all but the newest `keep` steps."""
+        while len(self.pending) > keep:
+            self.report_one(self.pending.pop(0))
+
+    def report_one(self, pending: Pending) -> None:
+        metrics = readable({name: float(value) for name, value in jax.device_get(pending.metrics).items()})
+        now = time.monotonic()
+        seconds, self.clock = None if self.clock is None else now - self.clock, now
+        if problem := self.guard.problem(metrics["loss"], metrics["grad_norm"]):
+            path = save_bad_batch(self.owner.folder, pending.step, pending.fed.rows, pending.fed.loader_state)
+            raise BadLoss(f"step {pending.step}: {problem}; stopped, nothing saved since, the batch is in {path}")
+        record = {"step": pending.step, "stage": self.stage.name, "stage_step": pending.step - self.start, **metrics}
+        if seconds:
+            training, devices = self.stage.training, jax.devices()
+            record["seconds"] = seconds
+            record["tokens_per_second"] = training.batch_size * training.seq_len / seconds
+            record["mfu"] = mfu(self.flops, seconds, devices[0].device_kind, len(devices))
+        record["time"] = time.time()
+        if self.owner.writer is not None:
+            self.owner.writer.write(record)
+        self.owner.display.step(record)
+
+    def save(self, step: int, fed: Fed) -> None:
+        """Start a checkpoint of the state after `step`."""
+        state = self.owner.state
+        info = {
+            "step": step,
+            "stage": self.index,
+            "loader": self.feed.whole_state(fed),
+            "config": to_plain(self.owner.config),
+            "parameters": describe_arrays(state.params),
+            "optimizer": describe_arrays(state.optimizer),
+            "losses": self.guard.losses,
+        }
+        self.owner.store.save(step, {"params": state.params, "optimizer": state.optimizer}, info)
+        if self.feed.skipped != self.skipped:
+            self.skipped = self.feed.skipped
+            words = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+            self.owner.display.say(f"step {step}: lines left out so far: {words}")
+        self.clock = time.monotonic()
+
+    def evaluate(self, step: int) -> None:
+        """Held-out losses by source, to metrics.jsonl and the display."""
+        results = self.evaluator(self.owner.state.params)
+        self.clock = time.monotonic()  # an evaluation is no part of a step's time
+        if self.owner.writer is not None:
+            self.owner.writer.write({"step": step, "eval": results})
+        words = ", ".join(f"{source} {values['loss']:.4f}" for source, values in results.items())
+        self.owner.display.say(f"step {step}: held-out loss {words}")

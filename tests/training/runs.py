@@ -1,0 +1,54 @@
+"""Running `ringjax train` in other processes, for tests of kills and of several processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from ringjax.training.metrics import read_metrics
+
+CONFIG = """
+model:
+  {width: 16, ffn_width: 32, layers: 1, heads: 2, vocab_size: 512, vision_vocab_size: 0, dtype: float32, loss_chunk: 64}
+data: {sources: [{path: "sample:prose"}]}
+training: {steps: 24, seq_len: 32, batch_size: 8, eval_every: 8, eval_batches: 1}
+optimizer: {learning_rate: 1.0e-2, warmup_steps: 2}
+mesh: {shape: "2,1,1,4", simulated_devices: 8}
+checkpoint: {every: 3}
+logging: {progress: plain, every: 1, plot: false}
+"""
+
+
+def start(folder: Path, *overrides: str, cache: Path, **environment: str) -> subprocess.Popen:
+    """`ringjax train` on the tiny config in its own process; `cache` keeps compiled programs between processes."""
+    path = folder.with_suffix(".yaml")
+    path.write_text(CONFIG)
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **environment,
+    }
+    command = [sys.executable, "-m", "ringjax.cli", "train", str(path), "--run_dir", str(folder), *overrides]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """What a process printed, after it ended with `code`."""
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == code, printed
+    return printed
+
+
+def curve(folder: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of each step."""
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
