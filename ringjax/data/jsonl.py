@@ -1,5 +1,6 @@
 """Random access to the lines of a jsonl file, and their faults told by line number."""
 
+import functools
 import hashlib
 import json
 import mmap
@@ -30,7 +31,8 @@ class JsonLines:
             raise ValueError(f"{path} is compressed, and its lines cannot be read in any order; unpack it first")
         if self.path.stat().st_size == 0:
             raise ValueError(f"data file {path} is empty")
-        starts, self.fingerprint = _scan(self.path)
+        status = self.path.stat()
+        starts, self.fingerprint = _scan(self.path, status.st_size, status.st_mtime_ns)
         with self.path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._stops = np.append(starts[1:], len(self._bytes))
@@ -78,8 +80,9 @@ def parse_line(raw: bytes, place: str) -> dict:
     return value
 
 
-def _scan(path: Path) -> tuple[np.ndarray, str]:
-    """Where each line starts, and a digest of the whole file."""
+@functools.lru_cache(maxsize=16)
+def _scan(path: Path, size: int, mtime_ns: int) -> tuple[np.ndarray, str]:
+    """Where each line starts, and a digest of the whole file; `size` and `mtime_ns` are for the cache only."""
     starts, digest, at, newline = [np.zeros(1, np.int64)], hashlib.sha256(), 0, ord("\n")
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

@@ -16,6 +16,9 @@ from ringjax.data.example import Example
 from ringjax.data.packing import Piece, first_fit
 from ringjax.data.sources import Source
 
+# Examples of several rows that a stream has at hand besides those that its lanes are in.
+_LONG_KEPT = 16
+
 
 class Stream:
     """The examples of one source, epoch after epoch, as pieces."""
@@ -33,6 +36,7 @@ class Stream:
     ):
         self._number, self._source, self._seed = number, source, seed
         self._skip_errors, self._skipped, self._prepare = skip_errors, skipped, prepare
+        self._long: dict[int, list[Piece]] = {}
         self.examples = len(source)
         order = grain.MapDataset.range(len(source))
         if seed is not None:
@@ -45,6 +49,8 @@ class Stream:
     def pieces(self, index: int) -> list[Piece]:
         """The pieces of example `index` of the stream, as they lie in it; none where the line is skipped."""
         row = int(self._order[index])
+        if row in self._long:
+            return self._long[row]
         try:
             pieces = self._prepare(self._source.read(row), self._source.place(row))
         except DataError as error:
@@ -52,7 +58,15 @@ class Stream:
                 raise
             self._skipped.add("unusable", (self._number, row), str(error))
             return []
+        if len(pieces) > 1:
+            self._keep(row, pieces)
         return pieces
+
+    def _keep(self, row: int, pieces: list[Piece]) -> None:
+        """Books are slow to tokenize, and several lanes may read one, each in its own order."""
+        self._long[row] = pieces
+        if len(self._long) > _LONG_KEPT:
+            del self._long[next(iter(self._long))]
 
     def reading_order(self, index: int, pieces: int) -> Sequence[int]:
         """In which order the pieces are read: shuffled, so that lanes that read one book are not at one place."""

@@ -16,6 +16,7 @@ def lines(tmp_path, content: bytes) -> JsonLines:
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 20])
 def test_lines_in_any_order_and_blank_lines_count(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(jsonl, "_CHUNK", chunk)
+    jsonl._scan.cache_clear()
     rows = lines(tmp_path, '\n{"a": 1}\n   \r\n{"a": "é"}\r\n\n{"a": 3}'.encode())
     assert len(rows) == 3
     assert [rows[i]["a"] for i in (2, 0, 1)] == [3, 1, "é"]
