@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Int
 from ringjax.attention.kernels.base import Gradients, Kernel, Score, accumulator, product, varying_like
 from ringjax.attention.merge import Partial
 
-# On an H100 (bfloat16, 32/8 heads of 128) and on CPUs alike, larger tiles stop paying at about a thousand.
-QUERY_TILE = 1024
-KEY_CHUNK = 1024
+# The fastest of those tried on an H100 (docs/results/tiles.md). The scores of a tile and chunk are all that is
+# larger than the inputs: 4 · N · 2048² bytes, 0.5 GB for 32 heads.
+QUERY_TILE = 2048
+KEY_CHUNK = 2048
 
 
 class Cut(NamedTuple):
@@ -55,13 +56,15 @@ def backward(q, k, v, out, lse, dout, delta, lo, hi, score: Score) -> Gradients:
 
 
 def _by_row(function, *arrays, score: Score):
-    """Long rows one at a time, so that each skips by its own intervals; short ones together."""
+    """As many rows at a time as have one tile of queries together: long rows alone, so each skips by its intervals."""
     batch, length = arrays[0].shape[:2]
-    if batch == 1 or length <= QUERY_TILE:
+    fits = (rows for rows in range(batch, 0, -1) if batch % rows == 0 and rows * length <= QUERY_TILE)
+    together = next(fits, 1)
+    if together == batch:
         return function(*arrays, score=score)
-    rows = jax.tree.map(lambda x: rearrange(x, "b ... -> b 1 ..."), arrays)
-    results = lax.map(lambda row: function(*row, score=score), rows)
-    return jax.tree.map(lambda x: rearrange(x, "b 1 ... -> b ..."), results)
+    groups = jax.tree.map(lambda x: rearrange(x, "(n b) ... -> n b ...", b=together), arrays)
+    results = lax.map(lambda group: function(*group, score=score), groups)
+    return jax.tree.map(lambda x: rearrange(x, "n b ... -> (n b) ..."), results)
 
 
 def _forward(q, k, v, lo, hi, *, score: Score) -> Partial:
