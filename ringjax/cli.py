@@ -1,4 +1,4 @@
-"""The command line: `ringjax train`, `info`, `config show`, `tokenize`.
+"""The command line: `ringjax train`, `generate`, `info`, `config show`, `tokenize`.
 
 Exit codes, for people and supervisors:
 
@@ -202,11 +202,34 @@ def _tokenize(arguments: list[str]) -> int:
     return OK
 
 
+def _generate(arguments: list[str]) -> int:
+    from ringjax.inference.command import GenerateConfig, run_generate
+    from ringjax.training.typed import build
+    from ringjax.training.yaml_tree import Item, parse_value, to_item
+
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+        about = "Text, words for a picture (--picture), or a picture from words (--draw), by a trained run."
+        _print_help(GenerateConfig("RUN_DIR", "WORDS"), "ringjax generate RUN_DIR", about)
+    folders, pairs = split_overrides(arguments)
+    if len(folders) != 1:
+        found = " ".join(folders) or "none"
+        raise UsageError(f"ringjax generate takes one RUN_DIR, not {found}; put a prompt in quotes after --prompt")
+    # Words are taken as they are: a prompt of "7" is no number.
+    words = [field.name for field in dataclasses.fields(GenerateConfig) if field.type in (str, str | None)]
+    values = {k: to_item(v, f"--{k}") if k in words else parse_value(v, f"--{k}") for k, v in pairs}
+    values["run_dir"] = to_item(folders[0], "command line")
+    print(run_generate(build(GenerateConfig, Item(values, "command line"))))
+    return OK
+
+
 COMMANDS = {
     "train": Command(_train, "train CONFIG [--section.key value …]", "train, or go on where a run was stopped"),
     "config": Command(_config, "config show CONFIG [--section.key value …]", "the resolved config as YAML"),
     "tokenize": Command(
         _tokenize, "tokenize --inputs FILE … --output FOLDER", "text, pictures and clips to a data set"
+    ),
+    "generate": Command(
+        _generate, "generate RUN_DIR --prompt WORDS [--draw FILE]", "text, words for a picture, a picture from words"
     ),
     "info": Command(_info, "info", "devices, versions and attention backends"),
 }
