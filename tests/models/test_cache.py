@@ -7,7 +7,7 @@ from ringjax.models import Parallel
 from tests.models import cases
 from tests.models.cases import changed
 
-ROWS, LENGTH, PROMPT, CAPACITY = 2, 24, 16, 32
+ROWS, LENGTH, PROMPT, CAPACITY = 2, 24, 16, 24
 
 
 def sequence(config):
@@ -38,9 +38,9 @@ def test_decoding_equals_the_full_forward(shape, layout, window):
     for t in range(PROMPT, PROMPT + 4):
         states, cache = decode(cache, *(x[:, t : t + 1] for x in inputs))
         close(states, full[:, t : t + 1])
-    states, cache = decode(cache, *(x[:, PROMPT + 4 : PROMPT + 7] for x in inputs))  # several at once
-    close(states, full[:, PROMPT + 4 : PROMPT + 7])
-    assert cache.lengths.tolist() == [PROMPT + 7] * ROWS and cache.capacity == CAPACITY
+    states, cache = decode(cache, *(x[:, PROMPT + 4 :] for x in inputs))  # several at once, to the last slot
+    close(states, full[:, PROMPT + 4 :])
+    assert cache.lengths.tolist() == [CAPACITY] * ROWS and cache.capacity == CAPACITY
 
 
 def close(found, expected):
@@ -80,7 +80,7 @@ def test_refuses_layouts_whose_tokens_would_move():
     parallel = Parallel(cases.mesh(1, 1, 1, 4), "zigzag")
     model, inputs = cases.model(cases.SMALL, parallel), sequence(cases.SMALL)
     with pytest.raises(NotImplementedError, match="layout 'zigzag' over sp = 4.*use layout 'striped'"):
-        model.prefill(*inputs, cache_length=CAPACITY, parallel=parallel)
+        model.prefill(*inputs, cache_length=32, parallel=parallel)
     with pytest.raises(ValueError, match="seq_len 30 cannot be cut into 4 shards"):
         striped = Parallel(parallel.mesh)
         model.prefill(*inputs, cache_length=30, parallel=striped)
