@@ -45,17 +45,17 @@ def ours(model, hidden, batch, parallel, chunk):
     return float(loss), dhidden, gradient
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    "shape, layout, chunk",
+    "shape, layout, chunk, tied",
     [
-        (None, "striped", 7),
-        (None, "striped", 10_000),
-        ((8, 1, 1, 1), "striped", 5),
-        ((1, 2, 2, 2), "striped", 3),
-        ((1, 1, 4, 2), "contiguous", 64),
-        ((2, 1, 1, 4), "zigzag", 7),
-        ((1, 1, 1, 8), "striped", 1),
+        (None, "striped", 7, False),
+        (None, "striped", 10_000, True),
+        ((8, 1, 1, 1), "striped", 5, False),
+        ((1, 2, 2, 2), "striped", 3, False),
+        ((1, 2, 2, 2), "striped", 3, True),
+        ((1, 1, 4, 2), "contiguous", 64, True),
+        ((2, 1, 1, 4), "zigzag", 7, False),
+        ((1, 1, 1, 8), "striped", 1, False),
     ],
 )
 def test_equals_the_dense_formula(shape, layout, chunk, tied):

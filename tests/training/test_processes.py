@@ -36,7 +36,10 @@ def test_two_processes_train_like_one(tmp_path, cache, one, shape):
     printed = finish(first)
     assert "2 process(es)" in printed and "done after step 24" in printed
     assert "loss" not in finish(second)
-    np.testing.assert_allclose(np.array(curve(folder)), np.array(curve(one)), rtol=1e-5)
+    found, expected = np.array(curve(folder)), np.array(curve(one))
+    np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=1e-5)
+    # Sums over processes have another order; 24 steps of training let the last bits of gradients grow.
+    np.testing.assert_allclose(found[:, 2], expected[:, 2], rtol=1e-4)
 
 
 def test_processes_stop_together_and_one_goes_on(tmp_path, cache, one):
