@@ -18,8 +18,9 @@ find_python() {
 
 environment() {
     local dir=$1 extras=$2 python wanted
+    # One line for each set of extras that was installed from this pyproject.toml.
     wanted="$extras $(cksum <pyproject.toml)"
-    if [ -x "$dir/bin/python" ] && [ "$(cat "$dir/installed" 2>/dev/null)" = "$wanted" ]; then
+    if [ -x "$dir/bin/python" ] && grep -qsxF "$wanted" "$dir/installed"; then
         return 0
     fi
     python=$(find_python) || return 1
@@ -29,5 +30,5 @@ environment() {
     fi
     echo "installing ringjax[$extras] into $dir (a few minutes the first time)"
     "$dir/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extras]" || return 1
-    echo "$wanted" >"$dir/installed"
+    echo "$wanted" >>"$dir/installed"
 }
