@@ -1,9 +1,11 @@
 """The image tokenizer: the published architecture, the quantizer, training, files, the shipped tokenizer."""
 
+import importlib.util
 import json
 import re
 from dataclasses import asdict, replace
 from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -364,3 +366,19 @@ def test_reconstructed_digits_are_recognised(shipped, heldout_codes):
     classifier = svm.SVC(C=10, gamma=0.025).fit(train.images.reshape(-1, 784) / 255, train.labels)
     drawn = vqgan.decode_pictures(shipped, heldout_codes, size=28)
     assert np.mean(classifier.predict(drawn.reshape(-1, 784) / 255) == heldout.labels) >= 0.97
+
+
+@pytest.mark.slow
+def test_training_script_runs_and_repeats_itself(monkeypatch, capsys):
+    """Three steps of a smaller network, twice: the same weights to the bit."""
+    scripts = Path(__file__).parents[2] / "scripts"
+    monkeypatch.syspath_prepend(str(scripts))
+    spec = importlib.util.spec_from_file_location("train_digit_tokenizer", scripts / "train_digit_tokenizer.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    config = replace(vqgan.DIGITS, hidden=4, multipliers=(1, 1, 1, 2), norm_groups=2)
+    first, second = (script.train(config, steps=3, batch_size=8, learning_rate=1e-3, seed=0) for _ in range(2))
+    assert vqgan.vqgan_fingerprint(first) == vqgan.vqgan_fingerprint(second)
+    assert vqgan.vqgan_fingerprint(first) != vqgan.vqgan_fingerprint(vqgan.VQGAN(config, nnx.Rngs(0)))
+    script.report(first)
+    assert "recognised, reconstructed" in capsys.readouterr().out
