@@ -84,6 +84,11 @@ def test_epochs_repeat_in_another_order(file):
     batches = list(loader(config(file, epochs=3)))
     once = pairs_in_files(file)
     assert pairs(batches) == Counter({pair: 3 * count for pair, count in once.items()})
+    rows = [
+        batch["tokens"].tobytes() for batch in loader(config(file, epochs=2, packing="pad"), batch_size=1, seq_len=512)
+    ]
+    half = len(rows) // 2
+    assert sorted(rows[:half]) == sorted(rows[half:]) and rows[:half] != rows[half:]
     first, second = (take(loader(config(file), seed=seed), 4) for seed in (0, 1))
     assert not same_batches(first[0], second[0])
 

@@ -137,6 +137,8 @@ def test_cuts_keep_frames_whole_where_they_can():
         (7, 11),
         (11, 16),
     ]
+    # A cut right after a frame stays there.
+    assert [(p.start, p.stop) for p in cut(example, 7, vision_codes=VISION_CODES)] == [(0, 7), (7, 11), (11, 16)]
     # A frame longer than a row has to be cut.
     assert [(p.start, p.stop) for p in cut(example, 2, vision_codes=VISION_CODES)][:4] == [
         (0, 2),
@@ -157,7 +159,7 @@ def test_more_open_rows_waste_less():
     rows = [len(pack(examples, 64, most_open)) for most_open in (0, 1, 4, 16)]
     least = sum(example.pairs for example in examples) / 64
     assert rows[0] == 400 and rows == sorted(rows, reverse=True)
-    assert rows[3] < 1.05 * least
+    assert rows[3] < 1.1 * least
 
 
 def test_overfull_rows_are_refused():
