@@ -47,7 +47,7 @@ def test_prose_and_novels(split):
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_digits_are_told_and_drawn(split):
-    options = {"codes_per_frame": 16, "vision_codes": 128}
+    options = {"codes_per_frame": 16, "vision_codes": 64}
     source, tokenizer = opened("sample:digits", split, **options), load_tokenizer("sample")
     labels = samples.digits(split).labels
     assert len(source) == 2 * len(labels)
@@ -55,7 +55,7 @@ def test_digits_are_told_and_drawn(split):
         word = samples.digit_caption(labels[number])
         told, drawn = source.read(2 * number), source.read(2 * number + 1)
         assert np.array_equal(told.tokens[told.modality], drawn.tokens[drawn.modality])
-        assert told.modality.sum() == 17 and told.tokens[told.modality][-1] == 129
+        assert told.modality.sum() == 17 and told.tokens[told.modality][-1] == 65
         assert tokenizer.decode(told.tokens[told.loss].tolist()) == word
         assert not told.loss[told.modality].any() and drawn.loss[drawn.modality].all()
     words = [tokenizer.decode(source.read(i).tokens[~source.read(i).modality].tolist()) for i in range(1, 400, 2)]
@@ -65,10 +65,10 @@ def test_digits_are_told_and_drawn(split):
 
 
 def test_digits_with_other_sizes_are_refused():
-    with pytest.raises(ValueError, match="sample:digits has 16 codes a frame of a codebook of 128"):
+    with pytest.raises(ValueError, match="sample:digits has 16 codes a frame of a codebook of 64"):
         opened("sample:digits")
 
 
 def test_digits_by_own_fields():
-    source = opened("sample:digits", fields="[vision],caption", codes_per_frame=16, vision_codes=128)
+    source = opened("sample:digits", fields="[vision],caption", codes_per_frame=16, vision_codes=64)
     assert len(source) == 4500
