@@ -95,11 +95,18 @@ class Lane:
         self._tokens = [0] * len(streams)
         self._reading: list[tuple[int, list[Piece]] | None] = [None] * len(streams)
         self._open: list[list[Piece]] = []
+        self._fault: Exception | None = None
         self._rows = self._make_rows()
 
     def next_row(self) -> list[Piece] | None:
-        """The pieces of the next row; None when every stream has ended."""
-        return next(self._rows, None)
+        """The pieces of the next row; None when every stream has ended. An error comes again at every later call."""
+        if self._fault is not None:
+            raise self._fault
+        try:
+            return next(self._rows, None)
+        except Exception as error:
+            self._fault = error  # the generator has ended with it, which must not pass for the end of the data
+            raise
 
     def get_state(self) -> dict:
         """Counts and origins only, all JSON."""
@@ -116,6 +123,7 @@ class Lane:
         self._next_piece = list(state["next_piece"])
         self._tokens = list(state["tokens"])
         self._reading = [None] * len(self._streams)
+        self._fault = None
         examples: dict[tuple[int, int], list[Piece]] = {}
         self._open = [
             [self._find(tuple(row[i : i + 3]), examples) for i in range(0, len(row), 3)] for row in state["open"]

@@ -264,10 +264,11 @@ def test_long_examples_are_refused_or_counted(prose, prefetch):
     assert batches.skipped["too long"] == 13, "the fixture has two short lines"
 
 
-def test_errors_in_the_background_come_where_they_belong(tmp_path):
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_errors_come_where_they_belong(tmp_path, prefetch):
     rows = [{"text": f"line {i} of the file"} for i in range(20)] + [{"text": ""}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    batches = loader(config(path, prefetch=3, shuffle=False, packing="pad", epochs=1))
+    batches = loader(config(path, prefetch=prefetch, shuffle=False, packing="pad", epochs=1))
     assert len(take(batches, 5)) == 5
     for _ in range(2):
         with pytest.raises(DataError, match="line 21: field 'text' is empty"):
