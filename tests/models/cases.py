@@ -1,6 +1,7 @@
 """A small model, meshes and batches that the model tests share."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -59,17 +60,21 @@ def in_layout(batch: dict[str, np.ndarray], parallel: Parallel) -> dict[str, np.
 
 
 def model(config: ModelConfig = SMALL, parallel: Parallel | None = None, seed: int = 0) -> Transformer:
-    """A model with fresh parameters, its zeros and ones too."""
-    parallel = parallel or Parallel()
-    made = Transformer.create(config, seed, parallel)
-    graph, state = nnx.split(made)
+    """A model with random parameters, norms and biases too."""
+    graph, state = _parts(config, parallel or Parallel(), seed)
+    return nnx.merge(graph, jax.tree.map(lambda x: x, state))  # a copy: a test may change its model
+
+
+@functools.cache
+def _parts(config: ModelConfig, parallel: Parallel, seed: int):
+    graph, state = nnx.split(Transformer.create(config, seed, parallel))
     rng = np.random.default_rng(seed)
 
     def disturb(x):  # biases and norms begin as zeros and ones, which would hide a forgotten one
         noise = rng.standard_normal(x.shape).astype(x.dtype) * 0.1
         return jax.device_put(np.asarray(x) + noise, x.sharding)
 
-    return nnx.merge(graph, jax.tree.map(disturb, state))
+    return graph, jax.tree.map(disturb, state)
 
 
 def hidden(model: Transformer, batch, parallel: Parallel | None = None):

@@ -16,9 +16,15 @@ def sequence(config):
     return batch["tokens"], batch["modality"], position
 
 
-@pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(
-    "shape, layout", [(None, "striped"), ((2, 1, 2, 2), "striped"), ((1, 1, 1, 4), "striped"), ((2, 1, 1, 1), "zigzag")]
+    "shape, layout, window",
+    [
+        (None, "striped", None),
+        (None, "striped", 6),
+        ((2, 1, 2, 2), "striped", 6),
+        ((1, 1, 1, 4), "striped", None),
+        pytest.param((2, 1, 1, 1), "zigzag", None, marks=pytest.mark.slow),
+    ],
 )
 def test_decoding_equals_the_full_forward(shape, layout, window):
     config = changed(window=window)

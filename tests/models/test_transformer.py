@@ -21,15 +21,19 @@ VARIANTS = {
 }
 
 
+def hidden_and_loss(model, batch):
+    states = cases.hidden(model, batch)
+    return states, cross_entropy(model, states, batch, parallel=Parallel()).loss
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_is_the_plain_formula(name):
     config = VARIANTS[name]
     model, batch = cases.model(config), cases.batch(config)
-    states = jax.jit(cases.hidden)(model, batch)
+    states, loss = jax.jit(hidden_and_loss)(model, batch)
     params = oracle.parameters(model)
     expected = oracle.hidden(params, config, batch)
     np.testing.assert_allclose(states, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
-    loss = cross_entropy(model, states, batch, parallel=Parallel()).loss
     assert float(loss) == pytest.approx(oracle.loss(params, config, batch), rel=1e-5)
 
 
