@@ -61,6 +61,9 @@ def _debug(config: RunConfig):
             yield
     except FloatingPointError as error:
         raise BadLoss(f"training.debug_nans: {str(error).splitlines()[0]} (--debug shows where)") from error
+    except RecursionError as error:
+        # jax 0.12 loses itself when it looks for the place of a NaN inside a scanned, differentiated program.
+        raise BadLoss("training.debug_nans: a nan was encountered, and this JAX cannot say where") from error
 
 
 class Run(contextlib.AbstractContextManager):

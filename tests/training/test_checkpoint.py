@@ -91,8 +91,9 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, damage):
     path, info = last_whole(store.folder, say=said.append)
     assert (path.name, info["step"]) == ("step_00000001", 1)
     assert len(said) == 1 and "step_00000002" in said[0] and "falling back" in said[0]
-    store.tidy()
-    save_steps(store, [2])  # its name is free again
+    after = store_of(tmp_path)
+    after.tidy()
+    save_steps(after, [2])  # its name is free again
     assert last_whole(store.folder)[1]["step"] == 2
 
 

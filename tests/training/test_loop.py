@@ -165,7 +165,7 @@ def test_nan_stops_with_the_batch_and_without_a_checkpoint(tmp_path, monkeypatch
 
 
 def test_debugging_stops_where_the_nan_is_made(tmp_path):
-    with pytest.raises(BadLoss, match="training.debug_nans: invalid value .nan. encountered"):
+    with pytest.raises(BadLoss, match=r"training.debug_nans: .*nan.* encountered"):
         loop.train(config(tmp_path, training__debug_nans=True, optimizer__learning_rate=1e30))
 
 
