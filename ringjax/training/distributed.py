@@ -112,13 +112,19 @@ def row_group(mesh: Mesh, rows: int) -> tuple[int, int]:
     not one block, it loads all of them: slower, never wrong.
     """
     sharding = NamedSharding(mesh, PartitionSpec(("dp", "fsdp")))
-    spans: dict[int, set[tuple[int, int]]] = {}
-    for device, (index,) in sharding.devices_indices_map((rows,)).items():
-        spans.setdefault(device.process_index, set()).add(index.indices(rows)[:2])
-    blocks = {process: (min(s)[0], max(s)[1]) for process, s in spans.items()}
-    size = rows // max(1, len(set(blocks.values())))
-    start, stop = blocks[jax.process_index()]
-    aligned = all(b - a == size and a % size == 0 for a, b in blocks.values())
+    places = [(device.process_index, index) for device, (index,) in sharding.devices_indices_map((rows,)).items()]
+    return group_of(places, rows, jax.process_index())
+
+
+def group_of(places: list[tuple[int, slice]], rows: int, process: int) -> tuple[int, int]:
+    """`row_group` of a process, given which process each device belongs to and which rows it holds."""
+    held: dict[int, set[tuple[int, int]]] = {}
+    for owner, index in places:
+        held.setdefault(owner, set()).add(index.indices(rows)[:2])
+    blocks = {owner: (min(spans)[0], max(spans)[1]) for owner, spans in held.items()}
+    size = rows // len(set(blocks.values()))
+    start = blocks[process][0]
+    aligned = all(stop - first == size and first % size == 0 for first, stop in blocks.values())
     return (start // size, rows // size) if aligned else (0, 1)
 
 
