@@ -14,6 +14,7 @@ from ringjax.training.metrics import read_metrics
 
 _GREY = {"cmap": "gray_r", "vmin": 0, "vmax": 255, "interpolation": "nearest"}
 _WRONG = "tab:red"
+_QUOTES = "‘’“”–—…"
 
 
 def draw_samples(run_dir: str | Path, findings: Findings) -> Path:
@@ -74,8 +75,8 @@ def _show(axes, image: np.ndarray, wrong: bool) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text on one line, without characters that a font may lack."""
-    return " ".join("".join(c if c.isprintable() and c != "\ufffd" else " " for c in text).split())
+    """Text on one line, without characters that a font may lack: half trained models write any bytes."""
+    return " ".join("".join(c if c.isprintable() and (ord(c) < 0x250 or c in _QUOTES) else " " for c in text).split())
 
 
 def write_report(run_dir: str | Path, findings: Findings, short: bool) -> Path:
