@@ -41,7 +41,7 @@ class Trainer(NamedTuple):
     evaluate: Callable[[Any, Batch], LossSums]
 
 
-@functools.lru_cache(maxsize=4)  # a run that goes on in the same process (a notebook) compiles nothing again
+@functools.lru_cache(maxsize=8)  # a run that goes on in the same process (a notebook) compiles nothing again
 def make_trainer(
     model: ModelConfig, config: OptimizerConfig, parallel: Parallel, *, steps: int, start: int, donate: bool = True
 ) -> Trainer:

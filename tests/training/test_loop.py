@@ -130,7 +130,7 @@ def test_the_model_comes_back_for_inference(unbroken):
 
 
 def test_a_run_begins_with_the_parameters_of_another(unbroken, tmp_path):
-    loop.train(config(tmp_path / "new", init_from=unbroken, optimizer__learning_rate=1e-9))
+    loop.train(config(tmp_path / "new", init_from=unbroken))
     assert curve(tmp_path / "new")[0][1] < curve(unbroken)[0][1] - 0.3
     with pytest.raises(CheckpointError, match="nowhere holds no whole checkpoint"):
         loop.train(config(tmp_path / "other", init_from=unbroken / "nowhere"))
