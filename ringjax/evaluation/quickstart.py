@@ -25,7 +25,7 @@ from ringjax.inference.trained import TrainedRun
 from ringjax.training.load import load_config
 
 SHARE = 0.9
-DRAWING = Sampling(temperature=0.5, guidance=2.0, seed=0)
+DRAWING = Sampling(temperature=1.0, guidance=2.0, seed=0)
 WRITING = Sampling(temperature=0.7, top_p=0.95, seed=0)
 
 

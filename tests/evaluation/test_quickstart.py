@@ -1,7 +1,5 @@
 """The quickstart's evaluation, on a run that has learned nothing."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -76,10 +74,8 @@ def test_every_drawing_is_judged():
 def test_prose_loss_counts_every_token_once():
     """An untrained model is about as good as chance, and the loss is over all targets of the held-out chapters."""
     run = TrainedRun.load(tiny_run())
-    found = prose_loss(run, seq_len=64)
+    found = prose_loss(run, seq_len=512)
     documents = samples.prose_chapters("heldout")
     assert found.tokens == sum(len(run.tokenizer.encode(text)) + 1 for text in documents)
     assert found.model == pytest.approx(np.log(512), abs=0.1)
     assert 3.5 < found.bigram < 3.7
-    other = dataclasses.replace(run, data=dataclasses.replace(run.data, weights="token"))
-    assert prose_loss(other, seq_len=64, max_tokens=2000) == prose_loss(run, seq_len=64, max_tokens=2000)
