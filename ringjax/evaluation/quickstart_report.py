@@ -22,10 +22,10 @@ def draw_samples(run_dir: str | Path, findings: Findings) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(14, 6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subfigures(2, 1, height_ratios=(5, 1))
-    left, right = above.subfigures(1, 2, width_ratios=(1.25, 1))
+    above, below = figure.subfigures(2, 1, height_ratios=(8, 1))
+    left, right = above.subfigures(1, 2, width_ratios=(1.6, 1))
     _draw_drawings(left, findings)
     _draw_captions(right, findings)
     _draw_prose(below, findings)
@@ -51,7 +51,7 @@ def _draw_drawings(figure, findings: Findings) -> None:
 def _draw_captions(figure, findings: Findings) -> None:
     captions = findings.captions
     figure.suptitle("Held-out digits and what was written about them\nthe first of them; red: wrong", fontsize=10)
-    grid = figure.subplots(7, 10).ravel()
+    grid = figure.subplots(6, 10).ravel()
     for axes, image, written, right in zip(grid, captions.images, captions.written, captions.right):
         _show(axes, image, wrong=not right)
         axes.set_xlabel(_plain(written)[:9] or "(nothing)", fontsize=7, labelpad=2, color="black" if right else _WRONG)
@@ -63,7 +63,7 @@ def _draw_prose(figure, findings: Findings) -> None:
     axes = figure.subplots()
     axes.set_axis_off()
     text = f"Prose goes on: {_plain(findings.beginning)} ►{_plain(findings.continuation)}"
-    axes.text(0, 1, textwrap.fill(text, 190), fontsize=9, va="top", parse_math=False)
+    axes.text(0, 1, textwrap.fill(text, 200), fontsize=9, va="top", parse_math=False)
 
 
 def _show(axes, image: np.ndarray, wrong: bool) -> None:
