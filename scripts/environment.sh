@@ -11,7 +11,7 @@ find_python() {
             return 0
         fi
     done
-    echo "ringjax needs Python 3.11 or newer; found: $(${PYTHON:-python3} --version 2>&1 | head -1)." \
+    echo "ringjax needs Python 3.11 or newer; found: $({ ${PYTHON:-python3} --version || echo none; } 2>/dev/null | head -1)." \
         "Install one, or name it: PYTHON=/path/to/python3 bash $0" >&2
     return 1
 }

@@ -80,9 +80,7 @@ def test_a_missing_run_or_picture_says_so(capsys):
 def test_another_image_tokenizer_is_refused():
     run = TrainedRun.load(tiny_run())
     other = dataclasses.replace(run, data=dataclasses.replace(run.data, codes_per_frame=256))
-    with pytest.raises(
-        ValueError, match="has 16 codes a picture of 64 and the run was trained with codes_per"
-    ):
+    with pytest.raises(ValueError, match="has 16 codes a picture of 64 and the run was trained with codes_per"):
         _ = other.vqgan
     unknown = dataclasses.replace(run, data=dataclasses.replace(run.data, sources=(SourceConfig("sample:prose"),)))
     with pytest.raises(ValueError, match="does not say which image tokenizer made its codes; name it"):

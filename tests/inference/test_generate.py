@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from ringjax.data.example import Example
 from ringjax.inference import Sampling, append_text, generate_frames, generate_text, text_prompt
+from ringjax.inference.generate import Plan, _generate
 from ringjax.inference.sampling import guide, sample
 from ringjax.models import ModelConfig, Parallel, Transformer
 
@@ -142,6 +143,14 @@ def test_a_row_ends_at_its_own_stop_token():
         places = np.flatnonzero(whole == stop)
         assert row.tolist() == whole[: places[0] + 1 if len(places) else None].tolist()
     assert len(held[0]) <= 5
+
+
+def test_nothing_is_sampled_after_the_stop():
+    stops = tuple(range(1, 40, 2))  # not 0, which is what follows
+    tokens = _generate(small_model(), prompts(), Plan(12, stops), DRAWN, None, Parallel())
+    for row in tokens:
+        places = np.flatnonzero(np.isin(row, stops))
+        assert len(places) and not row[places[0] + 1 :].any()
 
 
 def test_rows_do_not_see_each_other():
