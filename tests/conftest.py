@@ -1,6 +1,8 @@
 """All tests run on eight simulated CPU devices."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: leave LLVM's costly passes out (the program that XLA makes is the same). And
@@ -13,5 +15,17 @@ os.environ.setdefault(
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Frees compiled programs before they are too many: each holds some memory maps, of which Linux gives a process
+    65,530, and XLA's compiler crashes where it gets none."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 15_000:
+        jax.clear_caches()
+        gc.collect()

@@ -202,7 +202,9 @@ def test_an_interrupted_run_leaves_no_data_set(tmp_path, end):
     program = tmp_path / "run.py"
     program.write_text(
         textwrap.dedent(f"""
+        import signal
         from ringjax.data.tokenize import TokenizeConfig, run_tokenize
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         if __name__ == "__main__":
             config = TokenizeConfig(({lines!r},), {str(tmp_path / "set")!r}, workers=1, examples_per_shard=10)
             run_tokenize(config)
