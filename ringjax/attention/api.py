@@ -52,8 +52,8 @@ def attention(
     if reach is None:
         validate.queries_fit(length, keys)
     index = keys - length + jnp.arange(length, dtype=jnp.int32)
-    reach = _reach(reach, causal, window, index, keys, q)
-    ring = Ring(layouts.get("contiguous"), None, 1, (0,))
+    reach, mask = _reach(reach, causal, window, index, keys, q)
+    ring = Ring(layouts.get("contiguous"), None, 1, (0,), mask=mask)
     return _attend(ring, backend, scale, softcap, q, k, v, reach, index, return_lse)
 
 
@@ -94,11 +94,11 @@ def ring_attention(
     length, ring_size = q.shape[1], lax.axis_size(axis_name)
     order.validate(length * ring_size, ring_size)
     index = order.slots(lax.axis_index(axis_name), ring_size, length)
-    reach = _reach(reach, causal, window, index, length * ring_size, q)
+    reach, mask = _reach(reach, causal, window, index, length * ring_size, q)
     width = strategies.width(strategy, ulysses_size, q.shape[2], k.shape[2], ring_size)
     ring = Ring.of(
         order, axis_name, ring_size // width, length=length, width=width, unroll=unroll,
-        max_behind=reach.max_behind, max_ahead=reach.max_ahead,
+        max_behind=reach.max_behind, max_ahead=reach.max_ahead, mask=mask,
     )  # fmt: skip
     return _attend(strategies.get(strategy, ring), backend, scale, softcap, q, k, v, reach, index, return_lse)
 
@@ -165,25 +165,29 @@ def _sharded(q, k, v, reach, *, mesh, layout, strategy, ulysses_size, unroll, op
 
 def _attend(strategy, backend, scale, softcap, q, k, v, reach: Reach, index, return_lse: bool) -> Attention:
     score = validate.score(scale, softcap, q.shape[-1])
-    kernel = kernels.choose(backend, q, k, v)
+    chosen = kernels.choose(backend, q, k, v, score)
     start, stop = reach.interval(index)
-    out, lse = _compiled(strategy, kernel, score, *varying_like((q, k, v, start, stop), q, k, v, start, stop))
+    arrays = varying_like((q, k, v, start, stop), q, k, v, start, stop)
+    out, lse = _compiled(strategy, chosen, score, return_lse, *arrays)
     return (out, lse) if return_lse else out
 
 
-_compiled = jax.jit(attend, static_argnums=(0, 1, 2))  # for callers that do not use jax.jit
+_compiled = jax.jit(attend, static_argnums=(0, 1, 2, 3))  # for callers that do not use jax.jit
 
 
-def _reach(reach: Reach | None, causal: bool, window: int | None, index, keys: int, q) -> Reach:
-    """The given reach, or the one that `causal` and `window` describe for queries at global `index` `[T]`."""
+def _reach(reach: Reach | None, causal: bool, window: int | None, index, keys: int, q) -> tuple[Reach, str | None]:
+    """The given reach, or the one that `causal` and `window` describe for queries at global `index` `[T]`; and
+    "causal" or "full" where these alone say the mask."""
     batch, length = q.shape[:2]
     if reach is not None:
         reach.validate(batch, length)
-        return reach
+        return reach, None
     behind = jnp.broadcast_to(index, (batch, length))
     ahead = jnp.zeros_like(behind) if causal else keys - 1 - behind
     reach = Reach(behind, ahead, max_ahead=0 if causal else None)
-    return reach if window is None else reach.within(window)
+    if window is None:
+        return reach, "causal" if causal else "full"
+    return reach.within(window), None
 
 
 def _check_shards(q, k, order: layouts.Layout, sizes: dict[str, int]) -> None:

@@ -57,7 +57,12 @@ def decode_attention(
     shard = 0 if axis_name is None else lax.axis_index(axis_name)
     lo, hi = (order.slots_below(x, shard, ring_size, slots) for x in (start, stop))
     score = validate.score(scale, softcap, q.shape[-1])
-    kernel = kernels.choose("reference" if backend == "auto" and new <= FEW else backend, q, k_cache, v_cache)
+    name = "reference" if backend == "auto" and new <= FEW else backend
+    kernel = kernels.choose(name, q, k_cache, v_cache, score).interval
+    if kernel is None:
+        raise NotImplementedError(
+            f"backend {backend!r} does not serve decoding: how much of the cache is seen is data; use backend='auto'"
+        )
     part = Partial(*kernel.forward(q, k_cache, v_cache, lo, hi, score))
     out, lse = part if axis_name is None else merge_across(part, axis_name)
     out = out.astype(q.dtype)

@@ -30,11 +30,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from ringjax.attention import patterns
+
 
 class Layout:
     """A layout is two functions, `slots` and `slots_below`, and the permutation that they describe."""
 
     name: ClassVar[str]
+    # Whether the tokens of neighbouring shards, put in ascending order, are a shard of a smaller ring of this layout.
+    groups_stay_in_order: ClassVar[bool] = True
 
     def slots(self, shard, ring_size: int, length: int) -> Int[Array, " C"]:
         """The global index of each of the `length` slots of `shard`, ascending."""
@@ -55,6 +59,10 @@ class Layout:
     def offsets(self, behind: int, ahead: int, ring_size: int, length: int) -> list[int]:
         """The d in `source = shard − d (mod R)` whose keys some query may see, if none sees further than
         `behind` tokens back and `ahead` tokens on."""
+        raise NotImplementedError
+
+    def causal_patterns(self, length: int) -> patterns.Patterns:
+        """What the queries of a shard of `length` slots see of an earlier, their own and a later shard."""
         raise NotImplementedError
 
     def multiple(self, ring_size: int) -> int:
@@ -94,11 +102,15 @@ class Contiguous(Layout):
         back, on = math.ceil(behind / length), math.ceil(ahead / length)
         return sorted({d % ring_size for d in range(-min(on, ring_size), min(back, ring_size) + 1)})
 
+    def causal_patterns(self, length: int) -> patterns.Patterns:
+        return patterns.Patterns(patterns.whole(length, length), patterns.causal(length), None)
+
 
 class Striped(Layout):
     """Shard d holds d, d+R, d+2R, …: every R-th token (arXiv:2311.09431)."""
 
     name = "striped"
+    groups_stay_in_order = False
 
     def slots(self, shard, ring_size: int, length: int):
         return shard + ring_size * jnp.arange(length, dtype=jnp.int32)
@@ -116,6 +128,10 @@ class Striped(Layout):
 
     def offsets(self, behind: int, ahead: int, ring_size: int, length: int) -> list[int]:
         return sorted({d % ring_size for d in range(-min(ahead, ring_size), min(behind, ring_size) + 1)})
+
+    def causal_patterns(self, length: int) -> patterns.Patterns:
+        causal = patterns.causal(length)
+        return patterns.Patterns(causal, causal, patterns.strictly_causal(length))
 
 
 class Zigzag(Layout):
@@ -147,6 +163,14 @@ class Zigzag(Layout):
     def offsets(self, behind: int, ahead: int, ring_size: int, length: int) -> list[int]:
         chunks = min(math.ceil(max(behind, ahead) / (length // 2)), ring_size)
         return sorted({d % ring_size for d in range(-chunks, chunks + 1)})
+
+    def causal_patterns(self, length: int) -> patterns.Patterns:
+        half = length // 2
+        return patterns.Patterns(
+            patterns.whole(length, half),
+            patterns.causal(length),
+            patterns.Pattern((half, length), (0, length), causal=False),
+        )
 
     def multiple(self, ring_size: int) -> int:
         return 2 * ring_size

@@ -18,11 +18,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from ringjax.attention.kernels.base import Gradients, Kernel, Score, accumulator, varying_like
+from ringjax.attention import hop, patterns
+from ringjax.attention.hop import INTERVAL, Cases
+from ringjax.attention.kernels.base import Gradients, Kernels, Score, accumulator, varying_like
 from ringjax.attention.layouts import Layout
-from ringjax.attention.merge import Partial, empty, merge
+from ringjax.attention.merge import Partial, empty
 
 # A list of hops with unequal steps cannot be a scan; past this length the plain ring (all hops) is used.
 MOST_UNROLLED = 16
@@ -35,6 +37,7 @@ class Ring:
     `offsets` are the hops that somebody needs: in each, group g attends to the shard of group g − offset.
     `width` is 1 except under Ulysses, where the devices of a group share the tokens of their shards, in
     ascending order, and split the heads. A ring of one group (`axis_name` may be None) is attention on one device.
+    `mask` is "causal" or "full" where that is known when the function is traced, None where `start` and `stop` say it.
     """
 
     layout: Layout
@@ -43,11 +46,13 @@ class Ring:
     offsets: tuple[int, ...]
     width: int = 1
     unroll: bool = False
+    mask: str | None = None
 
     @classmethod
     def of(
         cls, layout: Layout, axis_name: str | None, size: int, *, length: int, width: int = 1,
         max_behind: int | None = None, max_ahead: int | None = None, unroll: bool | None = None,
+        mask: str | None = None,
     ) -> "Ring":  # fmt: skip
         """The ring whose hops serve queries that see at most `max_behind` and `max_ahead` tokens (None: all).
 
@@ -62,90 +67,97 @@ class Ring:
         if unroll is None:
             unroll = len(offsets) <= 4
         unroll = unroll or offsets != list(range(len(offsets)))
-        return cls(layout, axis_name, size, tuple(offsets), width, unroll)
+        return cls(layout, axis_name, size, tuple(offsets), width, unroll, mask)
 
-    def forward(self, kernel: Kernel, score: Score, q, k, v, start, stop) -> Partial:
-        """Attention of the local queries over the global interval `start … stop − 1` of each.
+    def forward(self, kernels: Kernels, score: Score, q, k, v, start, stop) -> Partial:
+        """Attention of the local queries over the global interval `start … stop − 1` of each; out in q's type.
 
         q `[B, T, N, H]`, k `[B, S, K, H]`, v `[B, S, K, Hv]`, start and stop int32 `[B, T]`: the local shards.
         """
-        wire = Wire.of(k, v)
+        wire, wide = Wire.of(k, v), accumulator(q, k, v)
         last = len(self.offsets) - 1
-        nothing = empty(*q.shape[:3], v.shape[-1], accumulator(q, k, v))
+        mask = self._mask(kernels, q, k, start, stop)
 
-        def hop(carry, offset, step):
+        def attend(visiting, partial, offset, dtype):
+            keys = wire.unpack(visiting)
+            return hop.forward(mask.cases(offset), kernels, score, partial, q, *keys, *mask.slots(offset), dtype)
+
+        def move_and_attend(carry, offset, step):
             visiting, partial = carry
-            arriving = visiting if step is None else self._rotate(visiting, step)
-            seen = self._attend(kernel.forward, score, (q, *wire.unpack(visiting)), offset, start, stop, nothing)
-            with jax.named_scope("ring/merge"):
-                return arriving, merge(partial, seen)
+            # Unrolled, the first result is taken as the kernel gives it; a scan carries one type.
+            dtype = None if self.unroll and partial is None else wide
+            return self._rotate(visiting, step), attend(visiting, partial, offset, dtype)
 
-        carry = wire.packed, varying_like(nothing, q, k, v, start, stop)
-        carry = self._hops(hop, carry, 0, last)
-        return hop(carry, self.offsets[last], None)[1]
+        carry = wire.packed, None
+        if last > 0 and not self.unroll:
+            carry = wire.packed, varying_like(empty(*q.shape[:3], v.shape[-1], wide), q, k, v, start, stop)
+        visiting, partial = self._hops(move_and_attend, carry, 0, last)
+        return attend(visiting, partial, self.offsets[last], q.dtype)
 
-    def backward(self, kernel: Kernel, score: Score, q, k, v, out, lse, dout, delta, start, stop) -> Gradients:
-        """Gradients of the local q, k, v in float32, from the merged out, lse and delta of the local queries."""
-        wire = Wire.of(k, v)
+    def backward(self, kernels: Kernels, score: Score, q, k, v, out, lse, dout, delta, start, stop) -> Gradients:
+        """Gradients of the local q (in its type), k and v (float32), from the local queries' merged out and lse."""
+        wire, wide = Wire.of(k, v), accumulator(q, k, v)
         last = len(self.offsets) - 1
-        queries = (out, lse, dout, delta)
-        nothing = Gradients(*(jnp.zeros(x.shape, accumulator(q, k, v)) for x in (q, k, v)))
+        mask = self._mask(kernels, q, k, start, stop)
 
-        def hop(carry, offset, step, step_before):
+        def attend(visiting, dq, offset, dtype):
+            inputs = (q, *wire.unpack(visiting), out, lse, dout, delta)
+            return hop.backward(mask.cases(offset), kernels, score, dq, *inputs, *mask.slots(offset), dtype)
+
+        if last == 0:
+            return attend(wire.packed, None, self.offsets[0], q.dtype)
+
+        def pack(grads):
+            return Wire.of(grads.dk.astype(wide), grads.dv.astype(wide)).packed
+
+        def move_and_attend(carry, offset, step, step_before):
             visiting, dq, summed = carry
-            arriving = visiting if step is None else self._rotate(visiting, step)
-            summed = summed if step_before is None else self._rotate(summed, step_before)
-            inputs = (q, *wire.unpack(visiting), *queries)
-            grads = self._attend(kernel.backward, score, inputs, offset, start, stop, nothing)
-            here = Wire.of(grads.dk, grads.dv).packed
-            return arriving, dq + grads.dq, jax.tree.map(jnp.add, summed, here)
+            arriving = self._rotate(visiting, step)
+            summed = self._rotate(summed, step_before)
+            grads = attend(visiting, dq, offset, wide)
+            return arriving, grads.dq, summed + pack(grads)
 
-        zeros = varying_like(nothing, q, k, v, dout, start, stop)
-        carry = wire.packed, zeros.dq, Wire.of(zeros.dk, zeros.dv).packed
-        if last > 0:
-            carry = hop(carry, self.offsets[0], self._step(0), None)
-        # In the uniform stretch every step is 1, so the step before is the same.
-        middle = lambda carry, offset, step: hop(carry, offset, step, step)  # noqa: E731
+        arriving = self._rotate(wire.packed, self._step(0))
+        grads = attend(wire.packed, None, self.offsets[0], wide)
+        carry = arriving, grads.dq, pack(grads)
         if self.unroll:
             for i in range(1, last):
-                carry = hop(carry, self.offsets[i], self._step(i), self._step(i - 1))
+                carry = move_and_attend(carry, self.offsets[i], self._step(i), self._step(i - 1))
         else:
+            # In the uniform stretch every step is 1, so the step before is the same.
+            middle = lambda carry, offset, step: move_and_attend(carry, offset, step, step)  # noqa: E731
             carry = self._hops(middle, carry, 1, last)
-        _, dq, summed = hop(carry, self.offsets[last], None, self._step(last - 1) if last > 0 else None)
-        if last > 0:
-            summed = self._rotate(summed, -self.offsets[last])
-        return Gradients(dq, *wire.unpack(summed))
+        visiting, dq, summed = carry
+        summed = self._rotate(summed, self._step(last - 1))
+        grads = attend(visiting, dq, self.offsets[last], q.dtype)
+        summed = self._rotate(summed + pack(grads), -self.offsets[last])
+        return Gradients(grads.dq, *wire.unpack(summed))
 
-    def _hops(self, hop: Callable, carry, first: int, last: int):
-        """`hop` at the offsets first … last − 1, each of which passes K and V on."""
+    def _hops(self, move_and_attend: Callable, carry, first: int, last: int):
+        """The hops at the offsets first … last − 1, each of which passes K and V on."""
         if last <= first:
             return carry
         if self.unroll:
             for i in range(first, last):
-                carry = hop(carry, self.offsets[i], self._step(i))
+                carry = move_and_attend(carry, self.offsets[i], self._step(i))
             return carry
         return lax.scan(
-            lambda carry, offset: (hop(carry, offset, 1), None), carry, jnp.arange(first, last, dtype=jnp.int32)
+            lambda carry, offset: (move_and_attend(carry, offset, 1), None),
+            carry,
+            jnp.arange(first, last, dtype=jnp.int32),
         )[0]
 
     def _step(self, i: int) -> int:
         return self.offsets[i + 1] - self.offsets[i]
 
-    def _attend(self, function, score: Score, inputs, offset, start, stop, nothing):
-        """One call of the kernel, left out where no local query sees a visiting key."""
-        length = inputs[1].shape[1]
-        source = (self._group() - offset) % self.size
-        lo, hi = (self._slots_below(x, source, length) for x in (start, stop))
-        with jax.named_scope("ring/attend"):
-            if self.size == 1:
-                return function(*inputs, lo, hi, score)
-            # Only the compute is conditional: all devices must reach every rotation.
-            return lax.cond(
-                jnp.any(lo < hi),
-                lambda *args: function(*args, score),
-                lambda *args: varying_like(nothing, *args),
-                *inputs, lo, hi,
-            )  # fmt: skip
+    def _mask(self, kernels: Kernels, q, k, start, stop) -> "Mask":
+        length, keys = q.shape[1], k.shape[1]
+        known = None
+        if self.mask == "full":
+            known = patterns.Patterns(*[patterns.whole(length, keys)] * 3)
+        elif length == keys and (self.width == 1 or self.size == 1 or self.layout.groups_stay_in_order):
+            known = self.layout.causal_patterns(length)
+        return Mask(self, kernels, known, keys, start, stop)
 
     def _slots_below(self, x: Int[Array, "B T"], group, length: int) -> Int[Array, "B T"]:
         """A group holds the slots of its `width` shards, so it holds as many below x as they do together."""
@@ -164,6 +176,55 @@ class Ring:
         pairs = [(i, (i + step * self.width) % devices) for i in range(devices)]
         with jax.named_scope("ring/rotate"):
             return jax.tree.map(lambda leaf: lax.ppermute(leaf, self.axis_name, pairs), x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """What the local queries see of each visiting shard, as far as it is known before the data are."""
+
+    ring: Ring
+    kernels: Kernels
+    patterns: patterns.Patterns | None
+    keys: int
+    start: Int[Array, "B T"]
+    stop: Int[Array, "B T"]
+
+    def cases(self, offset) -> Cases:
+        """What the hop at `offset` (a number, or traced) may be."""
+        group, source = self._groups(offset)
+        known, which = [], 0
+        if self.patterns is not None:
+            earlier, own, later = self.patterns
+            if not isinstance(offset, int):  # inside a scan
+                known, which = [earlier, own, later], 1 + jnp.sign(source - group)
+            elif offset == 0:
+                known = [own]
+            else:
+                known, which = [earlier, later], source > group
+        if self.ring.mask is not None and known:
+            if self.kernels.dense is None:
+                known = [None if pattern is None else INTERVAL for pattern in known]
+            return Cases.of(known, which)
+        lo, hi = self.slots(offset)
+        some = jnp.any(lo < hi)
+        if known and self.kernels.either:
+            return Cases.of([None, INTERVAL, *known], jnp.where(self._plain(), 2 + which, some))
+        return Cases.of([INTERVAL] if self.ring.size == 1 else [None, INTERVAL], some)
+
+    def slots(self, offset) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """lo and hi of every local query in the slots of the shard that visits in the hop at `offset`."""
+        _, source = self._groups(offset)
+        return tuple(self.ring._slots_below(x, source, self.keys) for x in (self.start, self.stop))
+
+    def _plain(self) -> Bool[Array, ""]:
+        """Whether the local queries' intervals, which are data, happen to be those of a plain causal mask."""
+        group, length = self.ring._group(), self.start.shape[1]
+        index = self.ring.layout.slots(group, self.ring.size, length)
+        return jnp.all(self.start <= 0) & jnp.all(self.stop == index + 1)
+
+    def _groups(self, offset):
+        group = self.ring._group()
+        return group, (group - offset) % self.ring.size
 
 
 @dataclasses.dataclass(frozen=True)

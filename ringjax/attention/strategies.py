@@ -7,7 +7,7 @@ from einops import rearrange, reduce, repeat
 from jax import lax
 from jaxtyping import Array
 
-from ringjax.attention.kernels.base import Gradients, Kernel, Score
+from ringjax.attention.kernels.base import Gradients, Kernels, Score
 from ringjax.attention.merge import Partial
 from ringjax.attention.ring import Ring
 from ringjax.attention.vjp import Strategy
@@ -24,16 +24,17 @@ class AllGather:
 
     ring: Ring
 
-    def forward(self, kernel: Kernel, score: Score, q, k, v, start, stop) -> Partial:
-        return self._alone().forward(kernel, score, q, self._gather(k), self._gather(v), start, stop)
+    def forward(self, kernels: Kernels, score: Score, q, k, v, start, stop) -> Partial:
+        return self._alone().forward(kernels, score, q, self._gather(k), self._gather(v), start, stop)
 
-    def backward(self, kernel: Kernel, score: Score, q, k, v, out, lse, dout, delta, start, stop) -> Gradients:
+    def backward(self, kernels: Kernels, score: Score, q, k, v, out, lse, dout, delta, start, stop) -> Gradients:
         k, v = self._gather(k), self._gather(v)
-        grads = self._alone().backward(kernel, score, q, k, v, out, lse, dout, delta, start, stop)
+        grads = self._alone().backward(kernels, score, q, k, v, out, lse, dout, delta, start, stop)
         return Gradients(grads.dq, self._scatter(grads.dk), self._scatter(grads.dv))
 
     def _alone(self) -> Ring:
-        return dataclasses.replace(self.ring, size=1, width=self.ring.size, offsets=(0,))
+        mask = "full" if self.ring.mask == "full" else None  # the local queries are a part of the gathered positions
+        return dataclasses.replace(self.ring, size=1, width=self.ring.size, offsets=(0,), mask=mask)
 
     def _gather(self, x: Array) -> Array:
         whole = lax.all_gather(x, self.ring.axis_name, axis=1, tiled=True)
@@ -55,18 +56,18 @@ class Ulysses:
 
     ring: Ring
 
-    def forward(self, kernel: Kernel, score: Score, q, k, v, start, stop) -> Partial:
+    def forward(self, kernels: Kernels, score: Score, q, k, v, start, stop) -> Partial:
         q, k, v = self._to_heads(q), self._to_heads(self._spread(k)), self._to_heads(self._spread(v))
-        out, lse = self.ring.forward(kernel, score, q, k, v, self._gather(start), self._gather(stop))
+        out, lse = self.ring.forward(kernels, score, q, k, v, self._gather(start), self._gather(stop))
         return Partial(self._to_sequence(out), self._rows_to_sequence(lse))
 
-    def backward(self, kernel: Kernel, score: Score, q, k, v, out, lse, dout, delta, start, stop) -> Gradients:
+    def backward(self, kernels: Kernels, score: Score, q, k, v, out, lse, dout, delta, start, stop) -> Gradients:
         kv_heads = k.shape[2]
         q, out, dout = self._to_heads(q), self._to_heads(out), self._to_heads(dout)
         k, v = self._to_heads(self._spread(k)), self._to_heads(self._spread(v))
         lse, delta = self._rows_to_heads(lse), self._rows_to_heads(delta)
         start, stop = self._gather(start), self._gather(stop)
-        grads = self.ring.backward(kernel, score, q, k, v, out, lse, dout, delta, start, stop)
+        grads = self.ring.backward(kernels, score, q, k, v, out, lse, dout, delta, start, stop)
         dq, dk, dv = (self._to_sequence(x) for x in grads)
         return Gradients(dq, self._collect(dk, kv_heads), self._collect(dv, kv_heads))
 

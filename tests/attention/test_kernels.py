@@ -151,7 +151,8 @@ def test_available_gives_reasons():
 
 
 def test_a_named_backend_that_cannot_serve_says_why(monkeypatch):
-    refusing = kernels.Kernel("refusing", xla.forward, xla.backward, refuses=lambda q, k, v: "head size 2 is too small")
+    refuses = lambda q, k, v, score: "head size 2 is too small"  # noqa: E731
+    refusing = kernels.Kernel("refusing", xla.forward, xla.backward, refuses=refuses)
     monkeypatch.setitem(kernels.KERNELS, "refusing", refusing)
     q = jnp.zeros((1, 3, 1, 2))
     with pytest.raises(NotImplementedError, match="'refusing' cannot serve this call: head size 2 is too small"):

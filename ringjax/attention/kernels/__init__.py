@@ -5,7 +5,7 @@ import functools
 import logging
 
 from ringjax.attention.kernels import reference, xla
-from ringjax.attention.kernels.base import Kernel
+from ringjax.attention.kernels.base import Kernel, Kernels, Score
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ def check_name(backend: str) -> None:
     raise ValueError(f"unknown backend {backend!r}; the backends are 'auto', {', '.join(map(repr, KERNELS))}{hint}")
 
 
-def choose(backend: str, q, k, v) -> Kernel:
-    """The kernel for these inputs: the named one, or with 'auto' the first of `KERNELS` that serves them.
+def choose(backend: str, q, k, v, score: Score) -> Kernels:
+    """The kernels for these inputs: the named one, or with 'auto' the first of `KERNELS` that serve them.
 
     Raises ValueError for an unknown name and NotImplementedError, with the reason, where a named backend
     cannot serve the call. What 'auto' chose, and why not an earlier one, is logged at level DEBUG.
@@ -35,20 +35,26 @@ def choose(backend: str, q, k, v) -> Kernel:
     check_name(backend)
     if backend != "auto":
         kernel = KERNELS[backend]
-        if reason := kernel.unavailable() or kernel.refuses(q, k, v):
+        if reason := kernel.unavailable() or kernel.refuses(q, k, v, score):
             raise NotImplementedError(f"backend {backend!r} cannot serve this call: {reason}; use backend='auto'")
-        return kernel
-    refused = {}
+        return Kernels(kernel if kernel.forward else None, kernel if kernel.dense else None)
+    serving, refused = [], {}
     for name, kernel in KERNELS.items():
-        reason = kernel.unavailable() or kernel.refuses(q, k, v)
+        reason = kernel.unavailable() or kernel.refuses(q, k, v, score)
         if reason is None:
-            _say(name, tuple(refused.items()), q.shape, k.shape, str(q.dtype))
-            return kernel
-        refused[name] = reason
-    raise NotImplementedError(f"no backend serves q {q.shape} {q.dtype}: {refused}")
+            serving.append(kernel)
+        else:
+            refused[name] = reason
+    interval = next(kernel for kernel in serving if kernel.forward)
+    faster = serving[: serving.index(interval) + 1]
+    chosen = Kernels(interval, next((kernel for kernel in faster if kernel.dense), None))
+    _say(chosen, tuple(refused.items()), q.shape, k.shape, str(q.dtype))
+    return chosen
 
 
 @functools.cache  # once for each kind of call, not once for each layer
-def _say(name: str, refused: tuple, q_shape: tuple, k_shape: tuple, dtype: str) -> None:
+def _say(chosen: Kernels, refused: tuple, q_shape: tuple, k_shape: tuple, dtype: str) -> None:
+    dense = f"{chosen.dense.name!r} for full and causal hops, " if chosen.either else ""
     why = "; ".join(f"not {other}: {reason}" for other, reason in refused) or "the fastest here"
-    logger.debug("attention backend %r for q %s, k %s, %s (%s)", name, q_shape, k_shape, dtype, why)
+    name = chosen.interval.name
+    logger.debug("attention backend %s%r for q %s, k %s, %s (%s)", dense, name, q_shape, k_shape, dtype, why)

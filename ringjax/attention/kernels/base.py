@@ -7,6 +7,9 @@ Query t of row b sees the keys in slots `lo[b, t] … hi[b, t] − 1` of this ca
 fed the MERGED out and lse of all keys, not those of this call: then p = exp(s − lse) is already the global
 softmax, and a ring's gradient is exact. `delta = rowsum(dout · out) − dlse` is the other thing that crosses
 hops; the last term makes lse differentiable too.
+
+Where it is known without data that every query sees every key, or query i the first i + 1 (`patterns.py`), a kernel
+may serve that as a `Dense` pass, without lo and hi.
 """
 
 import dataclasses
@@ -38,7 +41,8 @@ class Score:
 
 
 class Gradients(NamedTuple):
-    """float32, whatever the inputs are: they are summed over the hops of a ring."""
+    """Of one call. Kernels that hold sums in float32 to the end return float32; others the type of the inputs. The
+    ring sums over its hops in float32."""
 
     dq: Float[Array, "B T N H"]
     dk: Float[Array, "B S K H"]
@@ -49,18 +53,81 @@ Forward = Callable[[Array, Array, Array, Int[Array, "B T"], Int[Array, "B T"], S
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """A backend: its two functions, and why it cannot be used where it cannot.
+class Dense:
+    """Attention over rectangles that are seen whole, or `causal`: query i sees keys 0 … i, as many keys as queries.
 
-    `unavailable()` says why this machine cannot run it (None: it can). `refuses(q, k, v)` says why it does not
+        forward (q, k, v, causal, score)                         -> out, lse
+        backward(q, k, v, out, lse, dout, delta, causal, score)  -> dq, dk, dv
+
+    `takes_delta`: the backward pass uses the `delta` it is given. Where it computes rowsum(dout · out) itself, lse has
+    no gradient.
+    """
+
+    forward: Callable[[Array, Array, Array, bool, Score], Partial]
+    backward: Callable[..., Gradients]
+    takes_delta: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A backend: what it computes, and why it cannot be used where it cannot.
+
+    `forward` and `backward` serve any intervals (None: it has none), `dense` the rectangles of `Dense`.
+    `unavailable()` says why the target cannot run it (None: it can). `refuses(q, k, v, score)` says why it does not
     serve these inputs (None: it does); shapes and dtypes are known when a function is traced.
     """
 
     name: str
-    forward: Forward
-    backward: Callable[..., Gradients]
+    forward: Forward | None
+    backward: Callable[..., Gradients] | None
     unavailable: Callable[[], str | None] = lambda: None
-    refuses: Callable[[Array, Array, Array], str | None] = lambda q, k, v: None
+    refuses: Callable[[Array, Array, Array, Score], str | None] = lambda q, k, v, score: None
+    dense: Dense | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The kernels that serve a call: `interval` for masks that are data, `dense` for rectangles. Either may be None."""
+
+    interval: Kernel | None
+    dense: Kernel | None = None
+
+    @property
+    def either(self) -> bool:
+        """Whether rectangles and other intervals have different kernels."""
+        return self.dense is not None and self.interval is not None and self.dense is not self.interval
+
+    def with_gradient_of_lse(self) -> "Kernels":
+        """Those of them whose backward pass also serves lse. Raises NotImplementedError where none is left."""
+        if self.dense is None or self.dense.dense.takes_delta:
+            return self
+        if self.interval is None:
+            raise NotImplementedError(
+                f"backend {self.dense.name!r} has no gradient of lse, which return_lse=True asks for; leave it out,"
+                " or use backend='auto'"
+            )
+        return Kernels(self.interval)
+
+
+class Target(NamedTuple):
+    """What a function is being traced for: 'cpu', 'gpu' or 'tpu', and the kind of device, as JAX names them."""
+
+    platform: str
+    device_kind: str
+
+
+def target() -> Target:
+    """Inside `shard_map` the devices of its mesh, which may be a description of ones that are elsewhere (compilation
+    ahead of time); outside, this process's default device."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None and described.platform is not None:
+        return Target(_platform(described.platform), described.device_kind)
+    device = jax.local_devices()[0]
+    return Target(_platform(device.platform), device.device_kind)
+
+
+def _platform(name: str) -> str:
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def accumulator(*arrays: Array) -> jnp.dtype:

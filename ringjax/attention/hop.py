@@ -1,0 +1,153 @@
+"""One hop: the local queries attend to the keys and values that are visiting.
+
+Which kernel does it depends on what is known of the mask. Where a hop is a rectangle (`patterns.py`) a fused kernel for
+rectangles takes it; else a kernel for intervals takes lo and hi of each query. A device of a ring knows only at run
+time whether its keys come from an earlier or a later shard, so the possible cases are the branches of a `lax.switch`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from ringjax.attention.kernels.base import Gradients, Kernels, Score, accumulator, varying_like
+from ringjax.attention.merge import Partial, empty, merge
+from ringjax.attention.patterns import Pattern
+
+INTERVAL = "interval"
+Case = Pattern | str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cases:
+    """What a hop may be: a pattern, `INTERVAL`, or None where no local query sees a visiting key; `index` says which
+    (None: there is but one)."""
+
+    branches: tuple[Case, ...]
+    index: Int[Array, ""] | Bool[Array, ""] | None = None
+
+    @classmethod
+    def of(cls, branches: list[Case], index) -> "Cases":
+        """The case at `index` of `branches`, of which those that are equal become one."""
+        distinct = tuple(dict.fromkeys(branches))
+        if len(distinct) == 1:
+            return cls(distinct)
+        if len(distinct) < len(branches):
+            places = jnp.asarray([distinct.index(branch) for branch in branches], jnp.int32)
+            index = places[jnp.asarray(index, jnp.int32)]
+        return cls(distinct, index)
+
+    def run(self, function, *arrays):
+        """`function(case, *arrays)` of the case that it is; the results vary over the mesh as the arrays do."""
+        branches = [
+            lambda *arrays, case=case: varying_like(function(case, *arrays), *arrays) for case in self.branches
+        ]
+        with jax.named_scope("ring/attend"):
+            if len(branches) == 1:
+                return branches[0](*arrays)
+            # Only the compute is conditional: all devices must reach every rotation.
+            return lax.switch(jnp.asarray(self.index, jnp.int32), branches, *arrays)
+
+
+def forward(
+    cases: Cases, kernels: Kernels, score: Score, partial: Partial | None, q, k, v, lo, hi, dtype
+) -> Partial:
+    """`partial` (None: nothing yet) merged with attention to the visiting k and v; its out has type `dtype` (None: as
+    the kernel gives it)."""
+    _require(kernels, cases)
+
+    def attend(case: Case, partial, q, k, v, lo, hi):
+        seen = None
+        if case == INTERVAL:
+            seen = Partial(*kernels.interval.forward(q, k, v, lo, hi, score))
+        elif case is not None:
+            part = case.rows(q, 1), case.columns(k, 1), case.columns(v, 1)
+            seen = Partial(*kernels.dense.dense.forward(*part, case.causal, score))
+        with jax.named_scope("ring/merge"):
+            out, lse = _merge_rows(partial, seen, case, lambda: empty(*q.shape[:3], v.shape[-1], accumulator(q)))
+        return Partial(out if dtype is None else out.astype(dtype), lse)
+
+    return cases.run(attend, partial, q, k, v, lo, hi)
+
+
+def backward(
+    cases: Cases, kernels: Kernels, score: Score, dq, q, k, v, out, lse, dout, delta, lo, hi, dtype
+) -> Gradients:
+    """dq (None: nothing yet) with what the visiting k and v add to it, and the gradients of these k and v.
+
+    dq is returned in `dtype` (None: as the kernel gives it).
+    """
+    _require(kernels, cases)
+    wide = accumulator(q, k, v)
+    # One type for the branches: the kernels' own where all are of one kernel.
+    kinds = {case == INTERVAL for case in cases.branches if case is not None}
+    kv_dtype = None if len(cases.branches) == 1 else k.dtype if kinds == {False} else wide
+
+    def differentiate(case: Case, dq, q, k, v, out, lse, dout, delta, lo, hi):
+        if case is None:
+            dq = jnp.zeros(q.shape, wide) if dq is None else dq
+            grads = Gradients(dq, jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
+        elif case == INTERVAL:
+            grads = kernels.interval.backward(q, k, v, out, lse, dout, delta, lo, hi, score)
+            grads = grads if dq is None else grads._replace(dq=dq + grads.dq)
+        else:
+            queries = (case.rows(x, axis) for x, axis in ((out, 1), (lse, 2), (dout, 1), (delta, 2)))
+            part = case.rows(q, 1), case.columns(k, 1), case.columns(v, 1)
+            grads = kernels.dense.dense.backward(*part, *queries, case.causal, score)
+            grads = Gradients(
+                _add_part(dq, grads.dq, case.queries, q), *(_add_part(None, x, case.keys, k) for x in grads[1:])
+            )
+        dq_sum, dk, dv = grads
+        return Gradients(
+            dq_sum if dtype is None else dq_sum.astype(dtype),
+            *(x if kv_dtype is None else x.astype(kv_dtype) for x in (dk, dv)),
+        )
+
+    return cases.run(differentiate, dq, q, k, v, out, lse, dout, delta, lo, hi)
+
+
+def _merge_rows(partial: Partial | None, seen: Partial | None, case: Case, nothing) -> Partial:
+    """`merge`, of those queries that the case is about; the others keep what they have."""
+    if seen is None:
+        return nothing() if partial is None else partial
+    if case == INTERVAL or case.length == (seen if partial is None else partial).out.shape[1]:
+        return seen if partial is None else merge(partial, seen)
+    if partial is None:
+        raise ValueError(f"the first hop must give every query a result, not those of {case} alone")
+    merged = merge(Partial(case.rows(partial.out, 1), case.rows(partial.lse, 2)), seen)
+    return Partial(
+        _replace(partial.out, merged.out, case.queries, 1), _replace(partial.lse, merged.lse, case.queries, 2)
+    )
+
+
+def _add_part(whole, part, bounds: tuple[int, int], like):
+    """`whole` (None: zeros, of the length of `like`) with `part` added at slots `bounds` of axis 1."""
+    first, stop = bounds
+    if whole is None:
+        return part if stop - first == like.shape[1] else _pad(part, (first, like.shape[1] - stop))
+    if stop - first == whole.shape[1]:
+        return whole + part
+    return _replace(whole, whole[:, first:stop] + part, bounds, 1)
+
+
+def _pad(x, sides: tuple[int, int]):
+    return jnp.pad(x, [(0, 0), sides] + [(0, 0)] * (x.ndim - 2))
+
+
+def _replace(whole, part, bounds: tuple[int, int], axis: int):
+    """`whole` in `part`'s type, with `part` at slots `bounds` of `axis`."""
+    before, after = (
+        lax.slice_in_dim(whole, *side, axis=axis).astype(part.dtype)
+        for side in ((0, bounds[0]), (bounds[1], whole.shape[axis]))
+    )
+    return jnp.concatenate([before, part, after], axis=axis)
+
+
+def _require(kernels: Kernels, cases: Cases) -> None:
+    if INTERVAL in cases.branches and kernels.interval is None:
+        raise NotImplementedError(
+            f"backend {kernels.dense.name!r} serves hops in which every query sees every key, or a causal part; this"
+            " call's mask is data, a window, or the layout mixes the two; use backend='auto'"
+        )

@@ -1,0 +1,164 @@
+"""Hops that are known before the data are: their rectangles, and kernels that serve nothing else."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ringjax as rj
+from ringjax.attention import api, kernels, validate
+from ringjax.attention.kernels import reference
+from ringjax.attention.kernels.base import Dense, Gradients, Kernel
+from ringjax.attention.merge import Partial
+from tests.attention import cases, oracle
+
+BATCH, LENGTH = 2, 32
+
+
+def bounds(q, k, causal: bool):
+    length, keys = q.shape[1], k.shape[1]
+    hi = 1 + np.arange(length) if causal else np.full(length, keys)
+    hi = np.broadcast_to(hi.astype(np.int32), (q.shape[0], length))
+    return np.zeros_like(hi), hi
+
+
+def forward(q, k, v, causal, score):
+    out, lse = reference.forward(q, k, v, *bounds(q, k, causal), score)
+    return Partial(out.astype(q.dtype), lse)
+
+
+def backward(q, k, v, out, lse, dout, delta, causal, score):
+    """As a library kernel does it: the delta it is given is not looked at."""
+    del delta
+    delta = jnp.einsum("btnh,btnh->bnt", out, dout)
+    grads = reference.backward(q, k, v, out, lse, dout, delta, *bounds(q, k, causal), score)
+    return Gradients(*(x.astype(q.dtype) for x in grads))
+
+
+DENSE = Kernel("dense", None, None, dense=Dense(forward, backward, takes_delta=False))
+
+
+@pytest.fixture(params=["alone", "beside xla"])
+def dense(request, monkeypatch):
+    """A kernel for rectangles only, as the one backend or as the first choice of 'auto'."""
+    monkeypatch.setattr(kernels, "KERNELS", {"dense": DENSE, **kernels.KERNELS})
+    api._compiled.clear_cache()
+    api._sharded.clear_cache()
+    yield "dense" if request.param == "alone" else "auto"
+    api._compiled.clear_cache()
+    api._sharded.clear_cache()
+
+
+@pytest.mark.parametrize("ring_size", [2, 4])
+@pytest.mark.parametrize("layout", rj.layouts.LAYOUTS)
+def test_patterns_are_what_the_intervals_say(layout, ring_size):
+    """Every (query shard, key shard) pair: the rectangle sees the pairs that slots_below counts, and no others."""
+    order, length = rj.layouts.get(layout), LENGTH // ring_size
+    patterns = order.causal_patterns(length)
+    for shard in range(ring_size):
+        stop = order.slots(shard, ring_size, length) + 1
+        for source in range(ring_size):
+            hi = np.asarray(order.slots_below(stop, source, ring_size, length))
+            expected = np.arange(length) < hi[:, None]
+            pattern = patterns[1 + np.sign(source - shard)]
+            found = np.zeros((length, length), bool)
+            if pattern is not None:
+                rows, columns = slice(*pattern.queries), slice(*pattern.keys)
+                seen = np.ones((length, length), bool)[rows, columns]
+                found[rows, columns] = np.tril(seen) if pattern.causal else seen
+            assert np.array_equal(found, expected), (shard, source)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("unroll", [True, False])
+@pytest.mark.parametrize("ring_size", [1, 2, 4])
+@pytest.mark.parametrize("layout", rj.layouts.LAYOUTS)
+def test_ring_of_dense_hops(dense, layout, ring_size, unroll, causal):
+    check(dense, layout, ring_size, causal, unroll=unroll)
+
+
+@pytest.mark.parametrize("layout", rj.layouts.LAYOUTS)
+@pytest.mark.parametrize("strategy, options", [("ulysses", {}), ("hybrid", {"ulysses_size": 2}), ("all_gather", {})])
+def test_other_strategies(dense, strategy, options, layout):
+    if dense == "dense" and (strategy == "all_gather" or (strategy, layout) == ("hybrid", "striped")):
+        with pytest.raises(NotImplementedError, match="'dense' serves hops in which .* use backend='auto'"):
+            check(dense, layout, 4, True, strategy=strategy, **options)
+        return
+    check(dense, layout, 4, True, strategy=strategy, **options)
+
+
+def check(backend, layout, ring_size, causal, **options):
+    arrays = cases.inputs(BATCH, LENGTH, 8, 4, 8, 8)
+    order, mesh = rj.layouts.get(layout), cases.mesh(ring_size)
+
+    def attend(q, k, v):
+        q, k, v = (order.permute(x, ring_size, 1) for x in (q, k, v))
+        out = rj.sharded_attention(q, k, v, mesh=mesh, layout=layout, causal=causal, backend=backend, **options)
+        return order.restore(out, ring_size, 1)
+
+    found = jax.jit(lambda q, k, v, dout: run(attend, q, k, v, dout))(*arrays[:4])
+    g = np.broadcast_to(np.arange(LENGTH), (BATCH, LENGTH))
+    expected = cases.expected(*arrays[:4], 0 * arrays[4], g, 0 * g if causal else LENGTH - 1 - g)
+    expected = (expected.out, expected.dq, expected.dk, expected.dv)
+    assert max(oracle.error(a, b) for a, b in zip(found, expected)) <= oracle.FLOAT32
+
+
+def run(attend, q, k, v, dout):
+    out, pull = jax.vjp(attend, q, k, v)
+    return out, *pull(dout)
+
+
+@pytest.mark.parametrize("layout", rj.layouts.LAYOUTS)
+@pytest.mark.parametrize("ring_size", [1, 4])
+def test_a_reach_that_is_causal_takes_the_fast_way(monkeypatch, layout, ring_size):
+    """With a reach, which is data, 'auto' looks at run time: dense kernels where it is plain, intervals elsewhere."""
+    poisoned = dataclasses.replace(
+        kernels.KERNELS["xla"], forward=lambda q, *rest: Partial(*(x * jnp.nan for x in reference.forward(q, *rest)))
+    )
+    monkeypatch.setattr(kernels, "KERNELS", {"dense": DENSE, "xla": poisoned})
+    api._compiled.clear_cache()
+    api._sharded.clear_cache()
+    q, k, v, *_ = cases.inputs(BATCH, LENGTH, 4, 2, 8, 8)
+    order, mesh = rj.layouts.get(layout), cases.mesh(ring_size)
+
+    @jax.jit
+    def attend(q, k, v, positions):
+        reach = rj.Reach.packed(positions).permute(layout, ring_size)
+        q, k, v = (order.permute(x, ring_size, 1) for x in (q, k, v))
+        out = rj.sharded_attention(q, k, v, mesh=mesh, layout=layout, reach=reach)
+        return order.restore(out, ring_size, 1)
+
+    g = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (BATCH, LENGTH))
+    expected = forward(q, k, v, True, validate.score(None, None, 8)).out
+    assert oracle.error(attend(q, k, v, g), expected) <= oracle.FLOAT32
+    packed = attend(q, k, v, g % 20)
+    assert np.isnan(packed).any()
+    api._compiled.clear_cache()
+    api._sharded.clear_cache()
+
+
+def test_lse_has_no_gradient_where_the_kernel_has_none(dense):
+    q, k, v, *_ = cases.inputs(1, 8, 2, 1, 4, 4)
+
+    def lse_too(q):
+        out, lse = rj.attention(q, k, v, backend=dense, return_lse=True)
+        return out.sum() + lse.sum()
+
+    if dense == "dense":
+        with pytest.raises(NotImplementedError, match="no gradient of lse.*leave it out, or use backend='auto'"):
+            jax.grad(lse_too)(q)
+    else:
+        expected = jax.grad(lambda q: sum(x.sum() for x in rj.attention(q, k, v, backend="xla", return_lse=True)))(q)
+        assert oracle.error(jax.grad(lse_too)(q), expected) <= oracle.FLOAT32
+
+
+def test_masks_that_are_no_rectangles_are_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "KERNELS", {"dense": DENSE})
+    q, k, v, *_ = cases.inputs(1, 8, 2, 1, 4, 4)
+    for options in ({"window": 3}, {"reach": rj.Reach.causal(1, 8)}):
+        with pytest.raises(NotImplementedError, match="this call's mask is data, a window"):
+            rj.attention(q, k, v, backend="dense", **options)
+    with pytest.raises(NotImplementedError, match="does not serve decoding"):
+        rj.decode_attention(q[:, -1:], k, v, lengths=jnp.array([8]), backend="dense")
