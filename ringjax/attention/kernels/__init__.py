@@ -4,12 +4,14 @@ import difflib
 import functools
 import logging
 
-from ringjax.attention.kernels import reference, xla
+from ringjax.attention.kernels import cudnn, mosaic, reference, xla
 from ringjax.attention.kernels.base import Kernel, Kernels, Score
 
 logger = logging.getLogger(__name__)
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (xla.KERNEL, reference.KERNEL)}
+# The fastest first.
+_ALL = cudnn.KERNEL, mosaic.KERNEL, xla.KERNEL, reference.KERNEL
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _ALL}
 
 
 def available() -> dict[str, str | None]:

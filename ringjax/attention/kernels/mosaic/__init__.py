@@ -1,0 +1,78 @@
+"""Attention over any intervals on Hopper GPUs, in Pallas's Mosaic GPU dialect.
+
+    tiles            which blocks of keys a tile of queries meets, and the other way round
+    forward_kernel   out and lse
+    backward_kernel  dQ; dK and dV
+    parts            what they share
+
+Both passes skip what lies outside the intervals, so packed documents and windows cost what they compute.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ringjax.attention.kernels.base import Gradients, Kernel, Score, target
+from ringjax.attention.merge import Partial
+
+OLDEST_JAX = (0, 11, 1)
+HEAD_MULTIPLE, LARGEST_HEAD = 64, 128
+
+
+def forward(q: Array, k: Array, v: Array, lo: Array, hi: Array, score: Score) -> Partial:
+    """As `reference.forward`; out in the type of the inputs, lse float32."""
+    from ringjax.attention.kernels.mosaic import forward_kernel
+
+    out, lse = forward_kernel.forward(*map(_padded, (q, k, v)), lo, hi, score)
+    return Partial(out[..., : v.shape[-1]], lse)
+
+
+def backward(q, k, v, out, lse, dout, delta, lo, hi, score: Score) -> Gradients:
+    """As `reference.backward`, in the type of the inputs."""
+    from ringjax.attention.kernels.mosaic import backward_kernel
+
+    del out  # delta holds all that is needed of it
+    q_, k_, v_, dout = map(_padded, (q, k, v, dout.astype(q.dtype)))
+    grads = backward_kernel.backward(q_, k_, v_, lse, dout, delta, lo, hi, score)
+    return Gradients(*(grad[..., : x.shape[-1]] for grad, x in zip(grads, (q, k, v))))
+
+
+def unavailable() -> str | None:
+    """Why the target cannot run it: no Hopper GPU, or a JAX that is too old."""
+    platform, kind = target()
+    if platform != "gpu":
+        return f"needs an NVIDIA Hopper GPU, not a {platform}"
+    capability = _capability()
+    if capability is not None and capability[0] != 9:
+        return f"is written for Hopper (compute capability 9.x), and {kind} has {capability[0]}.{capability[1]}"
+    if jax.__version_info__ < OLDEST_JAX:
+        return f"needs jax {'.'.join(map(str, OLDEST_JAX))} or newer, not {jax.__version__}"
+    return None
+
+
+def refuses(q: Array, k: Array, v: Array, score: Score) -> str | None:
+    """Why it does not serve these inputs."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"type {q.dtype} is neither bfloat16 nor float16"
+    if max(q.shape[-1], v.shape[-1]) > LARGEST_HEAD:
+        return f"head size {max(q.shape[-1], v.shape[-1])} is above {LARGEST_HEAD}"
+    if score.scale <= 0:
+        return f"scale {score.scale} is not positive"
+    return None
+
+
+def _padded(x: Array) -> Array:
+    """Heads filled up with zeros to a size that the matrix units take: zeros add nothing to any product."""
+    missing = -x.shape[-1] % HEAD_MULTIPLE
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, missing)]) if missing else x
+
+
+def _capability() -> tuple[int, int] | None:
+    for device in jax.local_devices():
+        if hasattr(device, "compute_capability"):
+            major, minor = str(device.compute_capability).split(".")
+            return int(major), int(minor)
+    return None
+
+
+KERNEL = Kernel("mosaic", forward, backward, unavailable=unavailable, refuses=refuses)
