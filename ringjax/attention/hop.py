@@ -55,8 +55,10 @@ def forward(
     cases: Cases, kernels: Kernels, score: Score, partial: Partial | None, q, k, v, lo, hi, dtype
 ) -> Partial:
     """`partial` (None: nothing yet) merged with attention to the visiting k and v; its out has type `dtype` (None: as
-    the kernel gives it)."""
+    the kernel gives it, if there is but one case)."""
     _require(kernels, cases)
+    if dtype is None and len(cases.branches) > 1:
+        dtype = accumulator(q, k, v)
 
     def attend(case: Case, partial, q, k, v, lo, hi):
         seen = None

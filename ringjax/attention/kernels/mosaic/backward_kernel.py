@@ -25,6 +25,7 @@ from ringjax.attention.kernels.mosaic.parts import (
     COLUMN,
     LOG2E,
     ROW,
+    bounds,
     compiler_params,
     interval_mask,
     interval_mask_transposed,
@@ -102,7 +103,7 @@ def _dq_kernel(
     batch, head = lax.axis_index("batch"), lax.axis_index("heads")
     tile = count - 1 - lax.axis_index("tiles")  # under a causal mask the longest first
     warpgroup = lax.axis_index("warpgroup")
-    first, full_first, full_stop, stop = (blocks_ref[batch, tile, i] for i in range(4))
+    first, full_first, full_stop, stop = bounds(blocks_ref, batch, tile)
 
     @pl.when(warpgroup < DQ_WARPGROUPS)
     def compute():
@@ -201,7 +202,7 @@ def _dkv_kernel(
 ):  # fmt: skip
     batch, kv_head, block = (lax.axis_index(name) for name in ("batch", "heads", "blocks"))
     warpgroup = lax.axis_index("warpgroup")
-    first, full_first, full_stop, stop = (blocks_ref[batch, block, i] for i in range(4))
+    first, full_first, full_stop, stop = bounds(blocks_ref, batch, block)
     steps = (stop - first) * groups  # a tile for every query head of the group, then the next tile
 
     def tile_of(step):

@@ -21,6 +21,7 @@ from ringjax.attention.kernels.mosaic.parts import (
     LOG2E,
     ROW,
     WGMMA,
+    bounds,
     compiler_params,
     interval_mask,
     per_row,
@@ -91,7 +92,7 @@ def _kernel(
     # Under a causal mask the last tiles have most to do: they start first.
     tile = count - 1 - lax.axis_index("tiles")
     warpgroup = lax.axis_index("warpgroup")
-    first, full_first, full_stop, stop = (blocks_ref[batch, tile, i] for i in range(4))
+    first, full_first, full_stop, stop = bounds(blocks_ref, batch, tile)
     start = (COMPUTE_WARPGROUPS * tile + warpgroup) * BLOCK_Q
 
     def take_turn():

@@ -37,6 +37,13 @@ def slot_of(step, stages: int):
     return lax.rem(jnp.asarray(step, jnp.int32), jnp.asarray(stages, jnp.int32))
 
 
+def bounds(blocks_ref, batch, tile) -> tuple:
+    """first, full_first, full_stop and stop of `tiles.Blocks`."""
+    # Inside `shard_map` a value that is read has a type that names mesh axes, which loops here cannot carry; the
+    # addition, done without that bookkeeping, returns a plain number.
+    return tuple(blocks_ref[batch, tile, i] + jnp.int32(0) for i in range(4))
+
+
 def stream(first, stop, stages: int, *arrays: tuple[Callable, object]) -> None:
     """The loading warpgroup: for the steps first … stop − 1 and each `(fetch, used)` of `arrays`, `fetch(step, slot)`
     as soon as the slot is free.
