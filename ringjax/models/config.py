@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ringjax.attention import layouts
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-Remat = Literal["none", "full", "save_attention", "offload"]
+Remat = Literal["none", "save_products", "save_feed_forward", "save_attention", "offload", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +111,8 @@ class ModelConfig:
     param_dtype: Dtype = "float32"
     """Of the parameters."""
     remat: Remat = "none"
-    """What the backward pass recomputes: nothing, everything, everything but attention, or that with what is kept in
-    host memory."""
+    """What the backward pass computes again, from nothing to everything (`models/remat.py` has the table): the further
+    down the list, the less memory and the more work; 'save_attention' for long rows, 'offload' for the longest."""
     ffn_chunk: int | None = None
     """Blockwise feed-forward: tokens of a device at a time; null: all at once."""
     loss_chunk: int = 1024

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -29,7 +30,8 @@ class FeedForward(nnx.Module):
         if self.chunk is not None:
             weights = self.w1.kernel[...], self.w2.kernel[...], self.w3.kernel[...]
             return blockwise_feed_forward(x, *weights, self.chunk, parallel)
-        return self.w2(jax.nn.silu(self.w1(x, parallel)) * self.w3(x, parallel), parallel)
+        gate, up = checkpoint_name(self.w1(x, parallel), "ffn_gate"), checkpoint_name(self.w3(x, parallel), "ffn_up")
+        return self.w2(jax.nn.silu(gate) * up, parallel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

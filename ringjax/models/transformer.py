@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ringjax.attention import Reach
@@ -19,7 +20,7 @@ from ringjax.models.config import ModelConfig
 from ringjax.models.feed_forward import FeedForward
 from ringjax.models.layers import Embedding, Linear, RMSNorm, look_up
 from ringjax.models.parallel import Parallel
-from ringjax.models.remat import rematerialise
+from ringjax.models.remat import PROJECTIONS, rematerialise
 from ringjax.models.rope import rotate, rotations
 
 _ONE_DEVICE = Parallel()
@@ -67,8 +68,9 @@ class Block(nnx.Module):
         """The block's output, and its keys (rotated) and values."""
         with jax.named_scope("attention"):
             q, k, v = self.attention.project(self.attention_norm(x), cos, sin, parallel)
+            q, k, v = (checkpoint_name(y, name) for y, name in zip((q, k, v), PROJECTIONS))
             attended = parallel.attend(q, k, v, reach, window=self.config.window, softcap=self.config.softcap)
-            x = x + self.attention.output(attended, parallel)
+            x = checkpoint_name(x + self.attention.output(attended, parallel), "attended_stream")
         return self._feed(x, parallel), (k, v)
 
     def decode(self, x: Float[Array, "B T D"], cos, sin, k_cache, v_cache, lengths, parallel: Parallel):

@@ -1,4 +1,4 @@
-"""Kernels for Hopper on a CPU: Pallas's simulation of a GPU, with the two things that it lacks.
+"""Kernels for Hopper on a CPU: Pallas's simulation of a GPU, with the three things that it lacks.
 
 It runs the threads of a block, their copies and barriers, and looks for races between them. Matrix products are done
 at once, so what it cannot see is shared memory that is given back before an asynchronous product has read it.
@@ -11,6 +11,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
+import pytest
 from jax._src import callback
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
@@ -21,14 +22,13 @@ from jax._src.state.types import AbstractRef
 @contextlib.contextmanager
 def simulated(**options):
     """Kernels traced inside run on the CPU; options as of `InterpretGPUParams` (detect_races=True)."""
-    product, state = JaxprInterpreter._interpret_wgmma_ref_p, pl.run_state
-    JaxprInterpreter._interpret_wgmma_ref_p = functools.partialmethod(_product, product)
-    pl.run_state = _run_state
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        product = JaxprInterpreter._interpret_wgmma_ref_p
+        patch.setattr(JaxprInterpreter, "_interpret_wgmma_ref_p", functools.partialmethod(_product, product))
+        patch.setattr(gpu_callbacks, "copy_smem_to_gmem", functools.partial(_copy_out, gpu_callbacks.copy_smem_to_gmem))
+        patch.setattr(pl, "run_state", _run_state)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**options)):
             yield
-    finally:
-        JaxprInterpreter._interpret_wgmma_ref_p, pl.run_state = product, state
 
 
 def _run_state(function):
@@ -70,4 +70,27 @@ def _add_product(token, acc, a, b, transforms, *, location, thread, source):
     summed, _, _ = shared.get_buffer_content(acc, place, thread, logging_info=info)
     summed = summed + np.matmul(np.asarray(a, np.float32), np.asarray(right, np.float32), dtype=summed.dtype)
     shared.store_buffer_content(acc, place, summed, thread, logging_info=info)
+    return token
+
+
+def _copy_out(original, *, reduction_op, **arguments):
+    """A copy to global memory that may add to what is there."""
+    if reduction_op is None:
+        return original(reduction_op=None, **arguments)
+    return _add_out(operation=reduction_op, **arguments)
+
+
+@gpu_callbacks.fail_on_exception
+def _add_out(*, operation, token, mesh_location, thread, source_info, **arguments):
+    assert operation == "add", operation
+    shared, info = gpu_callbacks._get_shared_memory(), memory.GPULoggingInfo(mesh_location, thread, source_info)
+    places = []
+    for side in ("src", "dst"):
+        key = gpu_callbacks.HostAllocationKey.from_array(arguments[f"{side}_allocation_key_as_array"])
+        transforms = gpu_callbacks._remove_noop_transforms(arguments[f"{side}_transforms"])
+        places.append((key, shared.access(key, jax.tree.map(int, transforms))))
+    (source, from_), (target, to) = places
+    added, _, _ = shared.get_buffer_content(source, from_, thread, logging_info=info)
+    found, _, _ = shared.get_buffer_content(target, to, thread, logging_info=info)
+    shared.store_buffer_content(target, to, found + added, thread, logging_info=info)
     return token

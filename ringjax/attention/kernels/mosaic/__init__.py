@@ -13,18 +13,21 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ringjax.attention.kernels.base import Gradients, Kernel, Score, target
+from ringjax.attention.kernels.mosaic.tiles import padded
 from ringjax.attention.merge import Partial
 
 OLDEST_JAX = (0, 11, 1)
-HEAD_MULTIPLE, LARGEST_HEAD = 64, 128
+HEAD_MULTIPLE, LARGEST_HEAD, LENGTH_MULTIPLE = 64, 128, 8
 
 
 def forward(q: Array, k: Array, v: Array, lo: Array, hi: Array, score: Score) -> Partial:
     """As `reference.forward`; out in the type of the inputs, lse float32."""
     from ringjax.attention.kernels.mosaic import forward_kernel
 
-    out, lse = forward_kernel.forward(*map(_padded, (q, k, v)), lo, hi, score)
-    return Partial(out[..., : v.shape[-1]], lse)
+    length, v_dim = q.shape[1], v.shape[-1]
+    lo, hi = _clipped(lo, hi, k.shape[1])
+    out, lse = forward_kernel.forward(*map(_filled, (q, k, v)), lo, hi, score)
+    return Partial(out[:, :length, :, :v_dim], lse[..., :length])
 
 
 def backward(q, k, v, out, lse, dout, delta, lo, hi, score: Score) -> Gradients:
@@ -32,9 +35,11 @@ def backward(q, k, v, out, lse, dout, delta, lo, hi, score: Score) -> Gradients:
     from ringjax.attention.kernels.mosaic import backward_kernel
 
     del out  # delta holds all that is needed of it
-    q_, k_, v_, dout = map(_padded, (q, k, v, dout.astype(q.dtype)))
+    lse, delta = (padded(lse, LENGTH_MULTIPLE, -jnp.inf), padded(delta, LENGTH_MULTIPLE, 0))
+    lo, hi = _clipped(lo, hi, k.shape[1])
+    q_, k_, v_, dout = map(_filled, (q, k, v, dout.astype(q.dtype)))
     grads = backward_kernel.backward(q_, k_, v_, lse, dout, delta, lo, hi, score)
-    return Gradients(*(grad[..., : x.shape[-1]] for grad, x in zip(grads, (q, k, v))))
+    return Gradients(*(grad[:, : x.shape[1], :, : x.shape[3]] for grad, x in zip(grads, (q, k, v))))
 
 
 def unavailable() -> str | None:
@@ -61,10 +66,16 @@ def refuses(q: Array, k: Array, v: Array, score: Score) -> str | None:
     return None
 
 
-def _padded(x: Array) -> Array:
-    """Heads filled up with zeros to a size that the matrix units take: zeros add nothing to any product."""
-    missing = -x.shape[-1] % HEAD_MULTIPLE
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, missing)]) if missing else x
+def _filled(x: Array) -> Array:
+    """Heads and length filled up with zeros to sizes that the matrix units and the copy engine take: the zeros add
+    nothing to a product, and nobody sees the keys."""
+    missing = -x.shape[1] % LENGTH_MULTIPLE, -x.shape[3] % HEAD_MULTIPLE
+    return jnp.pad(x, [(0, 0), (0, missing[0]), (0, 0), (0, missing[1])]) if any(missing) else x
+
+
+def _clipped(lo: Array, hi: Array, keys: int) -> tuple[Array, Array]:
+    """Intervals within the keys there are; queries that fill up see nothing."""
+    return tuple(padded(jnp.clip(x, 0, keys), LENGTH_MULTIPLE, 0) for x in (lo, hi))
 
 
 def _capability() -> tuple[int, int] | None:

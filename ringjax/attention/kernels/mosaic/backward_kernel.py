@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ringjax.attention.kernels.base import Gradients, Score
-from ringjax.attention.kernels.mosaic import tiles
+from ringjax.attention.kernels.mosaic import fused_backward_kernel, tiles
 from ringjax.attention.kernels.mosaic.parts import (
     COLUMN,
     LOG2E,
@@ -31,6 +31,7 @@ from ringjax.attention.kernels.mosaic.parts import (
     interval_mask_transposed,
     per_column,
     per_row,
+    probabilities,
     slot_of,
     stream,
     swizzled,
@@ -41,6 +42,7 @@ DQ_KEYS = 64  # of one step
 DQ_WARPGROUPS = 2
 DKV_WARPGROUPS = 2
 STAGES = 2
+FUSED = True
 
 
 def backward(
@@ -61,7 +63,11 @@ def backward(
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
     lse, delta = tiles.padded(lse, tile, jnp.inf), tiles.padded(delta, tile, 0)
     queries = q, k, v, dout, lse, delta
-    slots = [tiles.padded(jnp.clip(x, 0, keys), tile, 0) for x in (lo, hi)]
+    slots = [tiles.padded(x, tile, 0) for x in (lo, hi)]
+    if FUSED and (q.shape[-1], v.shape[-1]) == (fused_backward_kernel.HEAD_DIM,) * 2:
+        by_block = tiles.query_tiles(tiles.Tiles.of(lo, hi, keys, BLOCK), keys, DKV_WARPGROUPS * BLOCK)
+        dq, dk, dv = fused_backward_kernel.gradients(*queries, *slots, by_block.stacked(), score)
+        return Gradients((dq * score.scale).astype(q.dtype), dk, dv)
     by_tile = tiles.key_blocks(tiles.Tiles.of(lo, hi, keys, tile), keys, DQ_KEYS)
     by_block = tiles.query_tiles(tiles.Tiles.of(lo, hi, keys, BLOCK), keys, DKV_WARPGROUPS * BLOCK)
     dq = _dq(*queries, *slots, by_tile.stacked(), score)
@@ -127,7 +133,7 @@ def _dq_kernel(
                     plgpu.barrier_wait(v_here.at[slot])
                     plgpu.wgmma(dp_acc, own_dout, v_smem.at[slot].transpose((1, 0)))
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                    p, slope = _probabilities(score, s, per_row(lse, s.shape))
+                    p, slope = probabilities(score, s, per_row(lse, s.shape))
                     p = lax.cond(
                         (block < full_first) | (block >= full_stop),
                         lambda p: jnp.where(interval_mask(p.shape, block * DQ_KEYS, lo, hi), p, 0.0),
@@ -231,7 +237,7 @@ def _dkv_kernel(
                     plgpu.wgmma(dp_acc, own_v, dout_smem.at[slot].transpose((1, 0)))
                     lse = plgpu.load(lse_smem.at[slot], layout=COLUMN)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                    p, slope = _probabilities(score, s, per_column(lse, s.shape))
+                    p, slope = probabilities(score, s, per_column(lse, s.shape))
 
                     def masked(p):
                         queries = pl.ds(tile * BLOCK, BLOCK)
@@ -283,14 +289,6 @@ def _dkv_kernel(
             (fetch(dout_ref, dout_smem, delta_ref, delta_smem, dout_here), dout_used),
             (fetch(q_ref, q_smem, lse_ref, lse_smem, q_here), q_used),
         )  # fmt: skip
-
-
-def _probabilities(score: Score, products, lse):
-    """p = exp(s − lse) from q · k, and the slope of s beside `scale` by which ds is multiplied (1 without softcap)."""
-    if score.softcap is None:
-        return jnp.exp2(products * (score.scale * LOG2E) - lse), 1.0
-    bent = jnp.tanh(products * (score.scale / score.softcap))
-    return jnp.exp2(bent * (score.softcap * LOG2E) - lse), 1 - bent * bent
 
 
 def _registers(warpgroups: int) -> int:

@@ -52,7 +52,7 @@ def forward(
     tile = COMPUTE_WARPGROUPS * BLOCK_Q
     count = pl.cdiv(length, tile)
     blocks = tiles.key_blocks(tiles.Tiles.of(lo, hi, keys, tile), keys, BLOCK_KV)
-    lo, hi = (tiles.padded(jnp.clip(x, 0, keys), tile, 0) for x in (lo, hi))
+    lo, hi = (tiles.padded(x, tile, 0) for x in (lo, hi))
     body = functools.partial(_kernel, score=score, groups=groups, count=count, dtype=q.dtype)
     out, lse = plgpu.kernel(
         body,

@@ -11,6 +11,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from ringjax.attention.kernels.base import Score
+
 COMPUTE_WARPGROUPS = 2
 LOG2E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
@@ -91,3 +93,11 @@ def interval_mask_transposed(shape: tuple[int, int], first_key, lo, hi):
     """The same with keys as rows and queries as columns."""
     key = first_key + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
     return (key >= per_column(lo, shape)) & (key < per_column(hi, shape))
+
+
+def probabilities(score: Score, products, lse):
+    """p = exp(s − lse) from q · k, and the slope of s beside `scale` by which ds is multiplied (1 without softcap)."""
+    if score.softcap is None:
+        return jnp.exp2(products * (score.scale * LOG2E) - lse), 1.0
+    bent = jnp.tanh(products * (score.scale / score.softcap))
+    return jnp.exp2(bent * (score.softcap * LOG2E) - lse), 1 - bent * bent

@@ -40,8 +40,7 @@ class Tiles(NamedTuple):
 
     @classmethod
     def of(cls, lo: Int[Array, "B T"], hi: Int[Array, "B T"], keys: int, tile: int) -> "Tiles":
-        """Tiles of `tile` queries; a last one may be shorter."""
-        lo, hi = jnp.clip(lo, 0, keys), jnp.clip(hi, 0, keys)
+        """Tiles of `tile` queries, a last one may be shorter; lo and hi lie within the keys."""
         blind = lo >= hi
         lo, hi = jnp.where(blind, keys, lo), jnp.where(blind, 0, hi)
         least = lambda x, nothing: rearrange(padded(x, tile, nothing), "b (n t) -> b n t", t=tile).min(-1)  # noqa: E731
