@@ -91,6 +91,9 @@ def _add_out(*, operation, token, mesh_location, thread, source_info, **argument
         places.append((key, shared.access(key, jax.tree.map(int, transforms))))
     (source, from_), (target, to) = places
     added, _, _ = shared.get_buffer_content(source, from_, thread, logging_info=info)
-    found, _, _ = shared.get_buffer_content(target, to, thread, logging_info=info)
-    shared.store_buffer_content(target, to, found + added, thread, logging_info=info)
+    within = gpu_callbacks._clip_store_to_shape(to, added, tuple(shared.buffer_shape_and_dtype(target).shape))
+    if within is not None:
+        to, added = within
+        found, _, _ = shared.get_buffer_content(target, to, thread, logging_info=info)
+        shared.store_buffer_content(target, to, found + added, thread, logging_info=info)
     return token
