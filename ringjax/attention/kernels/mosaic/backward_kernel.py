@@ -6,7 +6,8 @@ With the lse of all keys p = exp(s − lse) is final, so both kernels only strea
     dK, dV:  a block of keys stays, the tiles of queries that meet it pass by, for every query head of its group.
 
 Neither looks at a block outside the intervals. Each sum is made by one warpgroup in one order, so results repeat to
-the last bit; the price is that s and p are computed twice (7 products where a kernel with atomic sums has 5).
+the last bit; the price is that s and p are computed twice, 7 products in all. One kernel with 5, which adds to dQ
+atomically (FlashAttention-3), was slower when written in this dialect: 362 against 488 TFLOP/s (docs/results).
 FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2.
 """
 
@@ -20,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ringjax.attention.kernels.base import Gradients, Score
-from ringjax.attention.kernels.mosaic import fused_backward_kernel, tiles
+from ringjax.attention.kernels.mosaic import tiles
 from ringjax.attention.kernels.mosaic.parts import (
     COLUMN,
     LOG2E,
@@ -39,10 +40,9 @@ from ringjax.attention.kernels.mosaic.parts import (
 
 BLOCK = 64  # queries or keys of one warpgroup
 DQ_KEYS = 64  # of one step
-DQ_WARPGROUPS = 2
+DQ_WARPGROUPS = 3
 DKV_WARPGROUPS = 2
 STAGES = 2
-FUSED = True
 
 
 def backward(
@@ -64,10 +64,6 @@ def backward(
     lse, delta = tiles.padded(lse, tile, jnp.inf), tiles.padded(delta, tile, 0)
     queries = q, k, v, dout, lse, delta
     slots = [tiles.padded(x, tile, 0) for x in (lo, hi)]
-    if FUSED and (q.shape[-1], v.shape[-1]) == (fused_backward_kernel.HEAD_DIM,) * 2:
-        by_block = tiles.query_tiles(tiles.Tiles.of(lo, hi, keys, BLOCK), keys, DKV_WARPGROUPS * BLOCK)
-        dq, dk, dv = fused_backward_kernel.gradients(*queries, *slots, by_block.stacked(), score)
-        return Gradients((dq * score.scale).astype(q.dtype), dk, dv)
     by_tile = tiles.key_blocks(tiles.Tiles.of(lo, hi, keys, tile), keys, DQ_KEYS)
     by_block = tiles.query_tiles(tiles.Tiles.of(lo, hi, keys, BLOCK), keys, DKV_WARPGROUPS * BLOCK)
     dq = _dq(*queries, *slots, by_tile.stacked(), score)
