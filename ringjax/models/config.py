@@ -113,13 +113,16 @@ class ModelConfig:
     remat: Remat = "none"
     """What the backward pass computes again, from nothing to everything (`models/remat.py` has the table): the further
     down the list, the less memory and the more work; 'save_attention' for long rows, 'offload' for the longest."""
+    unroll: int = 1
+    """Blocks in one step of the scan over the layers. As many as there are layers: no scan, so that nothing is copied
+    into or out of stacked arrays, for a longer compilation."""
     ffn_chunk: int | None = None
     """Blockwise feed-forward: tokens of a device at a time; null: all at once."""
     loss_chunk: int = 1024
     """Tokens of a device whose logits exist at a time."""
 
     def __post_init__(self):
-        for name in ("width", "ffn_width", "layers", "heads", "vocab_size", "loss_chunk"):
+        for name in ("width", "ffn_width", "layers", "heads", "vocab_size", "unroll", "loss_chunk"):
             _at_least(name, getattr(self, name), 1, whole=True)
         for name in ("kv_heads", "head_dim", "window", "ffn_chunk"):
             if getattr(self, name) is not None:
@@ -130,6 +133,11 @@ class ModelConfig:
             _positive("softcap", self.softcap)
         for name, choices in (("dtype", get_args(Dtype)), ("param_dtype", get_args(Dtype)), ("remat", get_args(Remat))):
             _one_of(name, getattr(self, name), choices)
+        if self.remat == "offload" and self.unroll > 1:
+            raise ValueError(
+                f"unroll {self.unroll} with remat 'offload': what goes to host memory is what a scan over the layers"
+                " stacks; use unroll 1, or another remat"
+            )
         self._check_heads()
         self._check_vision()
 

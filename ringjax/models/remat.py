@@ -35,8 +35,8 @@ _SAVED = {
 }
 
 
-def rematerialise(block: Callable, name: str, parallel: Parallel) -> Callable:
-    """`block(x, …)` under the policy called `name` (`ModelConfig.remat`), for use inside a scan.
+def rematerialise(block: Callable, name: str, parallel: Parallel, unrolled: bool = False) -> Callable:
+    """`block(x, …)` under the policy called `name` (`ModelConfig.remat`), for use inside a scan, `unrolled` or not.
 
     Raises NotImplementedError for 'offload' on devices without pinned host memory.
     """
@@ -50,8 +50,9 @@ def rematerialise(block: Callable, name: str, parallel: Parallel) -> Callable:
         # By this name a policy can put the input elsewhere; unnamed inputs always stay in device memory.
         return block(checkpoint_name(x, BLOCK_INPUT), *rest)
 
-    # Nothing outside a scan's body can be merged with its recomputation, so barriers would only slow it down.
-    return jax.checkpoint(named, policy=_policy(name), prevent_cse=False)
+    # Nothing outside a scan's body can be merged with its recomputation, so barriers would only slow it down; several
+    # blocks in one body can, and what was to be forgotten would be kept.
+    return jax.checkpoint(named, policy=_policy(name), prevent_cse=unrolled)
 
 
 def _policy(name: str) -> Callable:

@@ -204,8 +204,9 @@ class Transformer(nnx.Module):
             x, (k, v) = nnx.merge(graph, state)(x, cos, sin, reach, parallel)
             return x, keep(k, v)
 
-        block = rematerialise(block, self.config.remat, parallel)
-        return lax.scan(block, self._embed(tokens, modality, parallel), blocks)
+        unroll = min(self.config.unroll, self.config.layers)
+        block = rematerialise(block, self.config.remat, parallel, unrolled=unroll > 1)
+        return lax.scan(block, self._embed(tokens, modality, parallel), blocks, unroll=unroll)
 
     def _embed(self, tokens, modality, parallel: Parallel) -> Float[Array, "B T D"]:
         dtype = self.config.compute_dtype

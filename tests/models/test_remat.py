@@ -10,7 +10,7 @@ from ringjax.models import remat as remat_module
 from tests.models import cases
 from tests.models.cases import changed
 
-POLICIES = ("none", "full", "save_attention", "offload")
+POLICIES = ("none", "full", "save_attention", "save_feed_forward", "save_products", "offload")
 
 
 def gradient(config, parallel):
@@ -69,8 +69,28 @@ def test_keeps_what_it_says():
     attention = tokens * config.heads * (config.head_size + 1)
     assert stacked("full") == {"device": stream, "host": 0}
     assert stacked("save_attention") == {"device": stream + attention, "host": 0}
+    inner = tokens * (config.width + 2 * config.ffn_width)
+    projections = tokens * config.head_size * (config.heads + 2 * config.key_heads)
+    assert stacked("save_feed_forward")["device"] == stream + attention + inner
+    assert stacked("save_products")["device"] == stream + attention + inner + projections
     assert stacked("offload") == {"device": 0, "host": stream + attention}
     assert stacked("none")["device"] > 5 * stream
+
+
+@pytest.mark.parametrize("policy", ["none", "save_attention"])
+def test_unrolled_layers_change_nothing(runs, policy):
+    """Neither the gradient nor, with a policy, what is forgotten: the recomputation stays its own."""
+    parallel = Parallel(cases.mesh(1, 1, 1, 4))
+    batch = cases.in_layout(cases.batch(rows=1), parallel)
+    step, state = gradient(changed(remat=policy, unroll=cases.SMALL.layers), parallel)
+    found = jax.device_get(step(state, batch))
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max())  # noqa: E731
+    jax.tree.map(same, found, runs["none"][1])
+
+
+def test_unrolled_layers_cannot_go_to_host_memory():
+    with pytest.raises(ValueError, match="unroll 2 with remat 'offload'.*use unroll 1"):
+        changed(remat="offload", unroll=2)
 
 
 def test_offload_is_refused_without_host_memory(monkeypatch):
