@@ -79,13 +79,14 @@ def backward(
 ) -> Gradients:
     """dq (None: nothing yet) with what the visiting k and v add to it, and the gradients of these k and v.
 
-    dq is returned in `dtype` (None: as the kernel gives it).
+    dq is returned in `dtype` (None: as the kernel gives it, or what its branches have in common).
     """
     _require(kernels, cases)
     wide = accumulator(q, k, v)
     # One type for the branches: the kernels' own where all are of one kernel.
     kinds = {case == INTERVAL for case in cases.branches if case is not None}
     kv_dtype = None if len(cases.branches) == 1 else k.dtype if kinds == {False} else wide
+    dtype = kv_dtype if dtype is None else dtype
 
     def differentiate(case: Case, dq, q, k, v, out, lse, dout, delta, lo, hi):
         if case is None:
@@ -93,14 +94,14 @@ def backward(
             grads = Gradients(dq, jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
         elif case == INTERVAL:
             grads = kernels.interval.backward(q, k, v, out, lse, dout, delta, lo, hi, score)
-            grads = grads if dq is None else grads._replace(dq=dq + grads.dq)
+            grads = grads if dq is None else grads._replace(dq=dq.astype(wide) + grads.dq)
         else:
             queries = (case.rows(x, axis) for x, axis in ((out, 1), (lse, 2), (dout, 1), (delta, 2)))
             part = case.rows(q, 1), case.columns(k, 1), case.columns(v, 1)
             grads = kernels.dense.dense.backward(*part, *queries, case.causal, score)
-            grads = Gradients(
-                _add_part(dq, grads.dq, case.queries, q), *(_add_part(None, x, case.keys, k) for x in grads[1:])
-            )
+            seen = grads.dq.astype(wide)
+            dq = _spread(grads.dq, case.queries, q) if dq is None else _add_part(dq, seen, case.queries)
+            grads = Gradients(dq, *(_spread(x, case.keys, k) for x in grads[1:]))
         dq_sum, dk, dv = grads
         return Gradients(
             dq_sum if dtype is None else dq_sum.astype(dtype),
@@ -124,18 +125,17 @@ def _merge_rows(partial: Partial | None, seen: Partial | None, case: Case, nothi
     )
 
 
-def _add_part(whole, part, bounds: tuple[int, int], like):
-    """`whole` (None: zeros, of the length of `like`) with `part` added at slots `bounds` of axis 1."""
-    first, stop = bounds
-    if whole is None:
-        return part if stop - first == like.shape[1] else _pad(part, (first, like.shape[1] - stop))
-    if stop - first == whole.shape[1]:
-        return whole + part
-    return _replace(whole, whole[:, first:stop] + part, bounds, 1)
+def _spread(part, bounds: tuple[int, int], like):
+    """`part` at slots `bounds` of axis 1 and zeros elsewhere, as long as `like`."""
+    sides = bounds[0], like.shape[1] - bounds[1]
+    return jnp.pad(part, [(0, 0), sides] + [(0, 0)] * (part.ndim - 2)) if any(sides) else part
 
 
-def _pad(x, sides: tuple[int, int]):
-    return jnp.pad(x, [(0, 0), sides] + [(0, 0)] * (x.ndim - 2))
+def _add_part(whole, part, bounds: tuple[int, int]):
+    """`whole`, in `part`'s type, with `part` added at slots `bounds` of axis 1."""
+    if bounds == (0, whole.shape[1]):
+        return whole.astype(part.dtype) + part
+    return _replace(whole, whole[:, slice(*bounds)].astype(part.dtype) + part, bounds, 1)
 
 
 def _replace(whole, part, bounds: tuple[int, int], axis: int):

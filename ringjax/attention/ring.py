@@ -8,8 +8,12 @@ shards of K and V:
     hop 1:           ├  device d attends to shard d − 1, which arrived while hop 0 computed
     …                ┘
 
-The backward pass goes around once more. dQ stays; the sums dK and dV travel one hop behind their K and V, so
-that neither rotation waits for the compute that it hides behind.
+The backward pass goes around once more, visitors first and the device's own keys last. dQ stays; the sums dK and dV
+travel one hop behind their K and V, so that neither rotation waits for the compute that it hides behind, and come
+home while the device attends to its own:
+
+    hop 1 … R − 1:  device d attends to shard d − 1, …, d − R + 1, each time adding to the sums that came along
+    hop 0:          the sums go home, device d attends to shard d
 """
 
 import dataclasses
@@ -82,7 +86,7 @@ class Ring:
             keys = wire.unpack(visiting)
             return hop.forward(mask.cases(offset), kernels, score, partial, q, *keys, *mask.slots(offset), dtype)
 
-        def move_and_attend(carry, offset, step):
+        def move_and_attend(carry, offset, step, _):
             visiting, partial = carry
             # Unrolled, the first result is taken as the kernel gives it; a scan carries one type.
             dtype = None if self.unroll and partial is None else wide
@@ -110,42 +114,33 @@ class Ring:
         def pack(grads):
             return Wire.of(grads.dk.astype(wide), grads.dv.astype(wide)).packed
 
-        def move_and_attend(carry, offset, step, step_before):
+        def visit(carry, offset, step, step_before):
             visiting, dq, summed = carry
-            arriving = self._rotate(visiting, step)
-            summed = self._rotate(summed, step_before)
-            grads = attend(visiting, dq, offset, wide)
-            return arriving, grads.dq, summed + pack(grads)
+            arriving = None if step is None else self._rotate(visiting, step)
+            summed = None if step_before is None else self._rotate(summed, step_before)
+            grads = attend(visiting, dq, offset, None if self.unroll and dq is None else wide)
+            return arriving, grads.dq, pack(grads) if summed is None else summed + pack(grads)
 
-        arriving = self._rotate(wire.packed, self._step(0))
-        grads = attend(wire.packed, None, self.offsets[0], wide)
-        carry = arriving, grads.dq, pack(grads)
-        if self.unroll:
-            for i in range(1, last):
-                carry = move_and_attend(carry, self.offsets[i], self._step(i), self._step(i - 1))
-        else:
-            # In the uniform stretch every step is 1, so the step before is the same.
-            middle = lambda carry, offset, step: move_and_attend(carry, offset, step, step)  # noqa: E731
-            carry = self._hops(middle, carry, 1, last)
-        visiting, dq, summed = carry
-        summed = self._rotate(summed, self._step(last - 1))
-        grads = attend(visiting, dq, self.offsets[last], q.dtype)
-        summed = self._rotate(summed + pack(grads), -self.offsets[last])
-        return Gradients(grads.dq, *wire.unpack(summed))
+        carry = self._rotate(wire.packed, self._step(0)), None, None
+        if last > 1:
+            carry = visit(carry, self.offsets[1], self._step(1), None)
+            carry = self._hops(visit, carry, 2, last)
+        _, dq, summed = visit(carry, self.offsets[last], None, self._step(last - 1) if last > 1 else None)
+        # The sums are on their way home while the device attends to its own keys.
+        summed = self._rotate(summed, -self.offsets[last])
+        own = attend(wire.packed, dq, self.offsets[0], q.dtype)
+        return Gradients(own.dq, *wire.unpack(summed + pack(own)))
 
-    def _hops(self, move_and_attend: Callable, carry, first: int, last: int):
-        """The hops at the offsets first … last − 1, each of which passes K and V on."""
+    def _hops(self, visit: Callable, carry, first: int, last: int):
+        """`visit(carry, offset, step to the next offset, step from the one before)` for the hops first … last − 1."""
         if last <= first:
             return carry
         if self.unroll:
             for i in range(first, last):
-                carry = move_and_attend(carry, self.offsets[i], self._step(i))
+                carry = visit(carry, self.offsets[i], self._step(i), self._step(i - 1) if i else None)
             return carry
-        return lax.scan(
-            lambda carry, offset: (move_and_attend(carry, offset, 1), None),
-            carry,
-            jnp.arange(first, last, dtype=jnp.int32),
-        )[0]
+        hops = jnp.arange(first, last, dtype=jnp.int32)  # a scan is for uniform offsets: every step is 1
+        return lax.scan(lambda carry, offset: (visit(carry, offset, 1, 1), None), carry, hops)[0]
 
     def _step(self, i: int) -> int:
         return self.offsets[i + 1] - self.offsets[i]
