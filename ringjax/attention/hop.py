@@ -99,8 +99,10 @@ def backward(
             queries = (case.rows(x, axis) for x, axis in ((out, 1), (lse, 2), (dout, 1), (delta, 2)))
             part = case.rows(q, 1), case.columns(k, 1), case.columns(v, 1)
             grads = kernels.dense.dense.backward(*part, *queries, case.causal, score)
-            seen = grads.dq.astype(wide)
-            dq = _spread(grads.dq, case.queries, q) if dq is None else _add_part(dq, seen, case.queries)
+            if dq is None:
+                dq = _spread(grads.dq, case.queries, q)
+            else:
+                dq = _add_part(dq, grads.dq.astype(wide), case.queries)
             grads = Gradients(dq, *(_spread(x, case.keys, k) for x in grads[1:]))
         dq_sum, dk, dv = grads
         return Gradients(
