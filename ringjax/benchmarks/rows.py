@@ -1,0 +1,80 @@
+"""A line of the results of `ringjax bench attention`."""
+
+import dataclasses
+from typing import Any
+
+OK, WRONG, REFUSED, NO_MEMORY, FAILED, ABSENT = "ok", "WRONG", "refused", "out of memory", "failed", "not installed"
+
+
+@dataclasses.dataclass
+class Row:
+    """One case: what was computed, how, whether it was right, and how long it took.
+
+    Times are seconds a call, rates useful FLOP/s a device. `baseline` is the one-device kernel, timed in turn with it.
+    """
+
+    mask: str
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int
+    dtype: str
+    kind: str
+    strategy: str
+    layout: str | None
+    backend: str
+    devices: int
+    share: int = 0
+    status: str = OK
+    reason: str = ""
+    pairs: int = 0
+    flops: float = 0.0
+    errors: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    choices: tuple[str, ...] = ()
+    compile_seconds: float | None = None
+    times: dict[str, Any] | None = None
+    rate: float | None = None
+    baseline: dict[str, Any] | None = None
+    still: dict[str, Any] | None = None
+    transfers: dict[str, Any] | None = None
+    ranks: dict[int, dict[str, Any]] | None = None
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    peak_bytes: int | None = None
+    profile: dict[str, Any] | None = None
+
+    @property
+    def percent(self) -> float | None:
+        """Of the one-device kernel's rate."""
+        return None if self.rate is None or not self.baseline else 100 * self.rate / self.baseline["rate"]
+
+    @property
+    def exposed(self) -> float | None:
+        """Seconds a call that the transfers add to the compute."""
+        return self.times["median"] - self.still["median"] if self.times and self.still else None
+
+    @property
+    def exposed_percent(self) -> float | None:
+        """Of what the transfers take alone."""
+        if self.exposed is None or not self.transfers:
+            return None
+        return 100 * self.exposed / self.transfers["median"]
+
+    @property
+    def bytes_needed(self) -> int | None:
+        """On one device: arguments, results and what the program needs between them."""
+        if "temporary" not in self.memory:
+            return None
+        return sum(self.memory.get(name, 0) for name in ("arguments", "results", "temporary"))
+
+    @property
+    def good(self) -> bool:
+        """Whether the command may end well after this row: a refusal is an answer, a wrong result is not."""
+        return self.status not in (WRONG, FAILED)
+
+    def plain(self) -> dict[str, Any]:
+        derived = dict(
+            percent=self.percent, exposed=self.exposed, exposed_percent=self.exposed_percent,
+            bytes_needed=self.bytes_needed,
+        )  # fmt: skip
+        return {**dataclasses.asdict(self), **derived}
