@@ -1,0 +1,50 @@
+"""What `ringjax bench` does with its options: run, print, write."""
+
+from pathlib import Path
+
+from ringjax.benchmarks import environment, table
+from ringjax.benchmarks.attention import run_attention
+from ringjax.benchmarks.config import AttentionBench
+from ringjax.benchmarks.rows import OK, Row
+from ringjax.training.mesh import simulate_devices
+
+
+def bench_attention(config: AttentionBench, arguments: list[str]) -> bool:
+    """Run `ringjax bench attention`; whether no result was wrong. `arguments` are those of `ringjax`."""
+    simulate_devices(config.simulated_devices)
+    about = environment.describe(arguments)
+    folder = Path(config.output) if config.output else None
+    rows: list[Row] = []
+    print("\n".join(environment.header(about)), flush=True)
+
+    def done(row: Row) -> None:
+        rows.append(row)
+        print(_line(row), flush=True)
+        if folder is not None:  # what is measured stays, whatever ends the command
+            table.write_results(folder, "results.json", _plain(rows, about))
+
+    run_attention(config, lambda message: print(message, flush=True), done)
+    notes = table.notes(rows)
+    table.print_rows(rows, notes)
+    if folder is not None:
+        from ringjax.benchmarks.plot import plot_rows
+
+        table.write_results(folder, "results.md", table.markdown(rows, notes, about))
+        title = f"{about['devices']} × {about['device']}, jax {about['versions'].get('jax', '?')}"
+        plot_rows(rows, folder / "plot.png", title)
+        print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.is_file()))}")
+    return all(row.good for row in rows)
+
+
+def _plain(rows: list[Row], about: dict) -> dict:
+    return {"environment": about, "rows": [row.plain() for row in rows], "notes": table.notes(rows)}
+
+
+def _line(row: Row) -> str:
+    """One row, as it is done, for those who wait."""
+    cells = dict(zip(table.COLUMNS, table.cells(row)))
+    what = " ".join(cells[name] for name in ("mask", "heads", "tokens", "strategy", "layout", "backend", "pass"))
+    if row.status != OK:
+        return f"{what}: {row.status}: {row.reason or cells['check']}"
+    percent = "" if row.percent is None else f", {row.percent:.1f} % of the one-device kernel"
+    return f"{what}: {cells['ms (min – max)']} ms, {cells['TFLOP/s a device']} TFLOP/s a device{percent}"
