@@ -264,11 +264,13 @@ def _bench_attention(arguments: list[str]) -> int:
 
 
 def _bench_train(arguments: list[str]) -> int:
-    from ringjax.benchmarks.config import TrainBench
+    from ringjax.benchmarks.config import TrainBench, TrainOptions
 
     if any(argument in ("-h", "--help") for argument in arguments):
-        about = "Step time, tokens a second, MFU and memory of a config's training steps. Also --section.key value, as"
-        _print_help(TrainBench(), "ringjax bench train CONFIG", f"{about} for ringjax train. Here each as --bench.option.")
+        about = (
+            "Step time, tokens a second, MFU and memory of a config's training steps; --section.key value as in train."
+        )
+        _print_help(TrainOptions(), "ringjax bench train CONFIG", about)
     positional, pairs = split_overrides(arguments)
     bench = [(key.removeprefix("bench."), [value]) for key, value in pairs if key.startswith("bench.")]
     config = _read_lists(TrainBench, bench, "--bench.")
@@ -297,7 +299,8 @@ def _read_lists(kind, pairs: list[tuple[str, list[str]]], prefix: str = "--"):
             raise UsageError(f"{where} takes one value, not {len(given)}: {' '.join(given)}")
         # Words are taken as they are: heads of "16" are no number, and `null` is none.
         words = "str" in type_name and given != ["null"]
-        items = [to_item(value, where) if words else parse_value(value, where) for value in given or ["true"] * (not is_list)]
+        given = given or ([] if is_list else ["true"])
+        items = [to_item(value, where) if words else parse_value(value, where) for value in given]
         values[key] = Item(items, where) if is_list else items[0]
     return build(kind, Item(values, "command line"))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,10 +15,13 @@ from ringjax.benchmarks import check, programs, rows, still, timing, workload
 from ringjax.benchmarks.baseline import Baselines, first_line, is_out_of_memory
 from ringjax.benchmarks.config import AttentionBench, split_heads
 from ringjax.benchmarks.memory import peak_bytes
+from ringjax.benchmarks.profile import profiled
 from ringjax.benchmarks.programs import Program, Way
 from ringjax.benchmarks.rows import Row
 from ringjax.benchmarks.workload import Workload
 
+# Calls in a profile: one alone begins with a wait that others don't have.
+PROFILED = 3
 # Why a ring's exposed communication is not given.
 OTHER_WORK = "without its rotations the compiler made another program of it"
 
@@ -160,6 +164,18 @@ class AttentionRun:
         for name in ("still", "transfers"):
             if name in times:
                 setattr(row, name, times[name].plain())
+        self._profile(row, program)
+
+    def _profile(self, row: Row, program: Program) -> None:
+        if self.config.profile is None:
+            return
+        what = (row.mask, f"{row.heads}-{row.kv_heads}", row.length, row.strategy, row.layout, row.backend, row.kind)
+        folder = Path(self.config.profile) / "_".join(str(x).replace(":", "") for x in what if x is not None)
+        several = lambda: [program.call() for _ in range(PROFILED)]  # noqa: E731
+        found = profiled(folder, several, program.text, self.say, top=25, calls=PROFILED)
+        if found is not None:
+            row.profile = found.plain()
+            self.say("\n".join([f"{folder}:", *found.lines()]))
 
     def _communication(self, row: Row, work, way: Way, kind: str, mesh, placed: Placed, program) -> dict:
         """The same ring without its rotations, and the rotations without the ring."""

@@ -3,8 +3,8 @@
 A way is checked twice, each time by the very code that is then timed:
 
     at `check_length`   out, dq, dk, dv of every query and key
-    at its own length   out and dq of queries drawn anywhere and of the last ones; dk and dv of the last keys, which under
-                        a causal mask (packed, windowed) nobody else sees
+    at its own length   out and dq of queries drawn anywhere and of the last ones; dk and dv of the last keys, which
+                        under a causal mask (packed, windowed) nobody else sees
 
 It passes when its error, ‖found − float64‖ / ‖float64‖, is at most 2 (out) or 3 (gradients) times that of the plain
 formula in the same type on one device, or 1e-5 if that is more.
@@ -128,8 +128,15 @@ def questions(work: Workload, arrays, count: int | None) -> list[Question]:
         q, k, v, dout = arrays
         asked.append(
             Question(
-                row, queries, keys, _host(q[row, queries]), _host(k[row]), _host(v[row]), _host(dout[row, queries]),
-                start[queries], stop[queries],
+                row,
+                queries,
+                keys,
+                _host(q[row, queries]),
+                _host(k[row]),
+                _host(v[row]),
+                _host(dout[row, queries]),
+                start[queries],
+                stop[queries],
             )  # fmt: skip
         )
     return asked
@@ -152,8 +159,16 @@ def share_questions(work: Workload, layout: str, ring_size: int, rank: int, arra
         q, k, v, dout = arrays
         asked.append(
             Question(
-                row, queries, keys, _host(q[row, queries]), _host(k[row])[slot], _host(v[row])[slot],
-                _host(dout[row, queries]), start[queries], stop[queries], fold,
+                row,
+                queries,
+                keys,
+                _host(q[row, queries]),
+                _host(k[row])[slot],
+                _host(v[row])[slot],
+                _host(dout[row, queries]),
+                start[queries],
+                stop[queries],
+                fold,
             )  # fmt: skip
         )
     return asked

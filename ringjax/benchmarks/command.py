@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from ringjax.benchmarks import environment, table
+from ringjax.benchmarks import environment, table, train
 from ringjax.benchmarks.attention import run_attention
-from ringjax.benchmarks.config import AttentionBench
+from ringjax.benchmarks.config import AttentionBench, TrainBench
 from ringjax.benchmarks.rows import OK, Row
+from ringjax.training.config import RunConfig
+from ringjax.training.distributed import is_main
 from ringjax.training.mesh import simulate_devices
 
 
@@ -47,4 +49,26 @@ def _line(row: Row) -> str:
     if row.status != OK:
         return f"{what}: {row.status}: {row.reason or cells['check']}"
     percent = "" if row.percent is None else f", {row.percent:.1f} % of the one-device kernel"
-    return f"{what}: {cells['ms (min – max)']} ms, {cells['TFLOP/s a device']} TFLOP/s a device{percent}"
+    return f"{what}: {cells['ms (min–max)']} ms, {cells['TFLOP/s']} TFLOP/s a device{percent}"
+
+
+def bench_train(run: RunConfig, config: TrainBench, arguments: list[str]) -> bool:
+    """Run `ringjax bench train`; whether the loss was finite. `arguments` are those of `ringjax`."""
+    train.prepare(run)
+    about = environment.describe(arguments)
+    say = (lambda message: print(message, flush=True)) if is_main() else lambda message: None
+    say("\n".join(environment.header(about)))
+    result = train.run_train(run, config, say)
+    measured = train.lines(result, about["device"], about["devices"])
+    say("\n".join(f"  {name:14s} {value}" for name, value in measured))
+    if result.profile is not None:
+        say("\n".join(["", *result.profile.lines()]))
+    if config.output and is_main():
+        folder = Path(config.output)
+        table.write_results(folder, "results.json", {"environment": about, "result": result.plain()})
+        text = table.page("Training", about, table.markdown_table(("", ""), measured))
+        if result.profile is not None:
+            text += "\n".join(["", "## Where the time of a step goes", "", *result.profile.lines()])
+        table.write_results(folder, "results.md", text)
+        say(f"{folder}: results.json, results.md")
+    return result.good

@@ -104,7 +104,7 @@ class AttentionBench:
         _at_least(self, share=0, check_length=0, simulated_devices=0, seed=0)
         _require(self.devices is None or self.devices >= 1, f"devices is {self.devices}; it must be at least 1")
         _require(0 <= self.run_seconds <= 60, f"run_seconds is {self.run_seconds}; use 0 (one call) to 60")
-        _require(self.share != 1, "share 1 is the whole sequence on one device; use strategies one_device, or 2 or more")
+        _require(self.share != 1, "share 1 is a whole sequence: use --strategies one_device, or a share of 2 or more")
         _require(not self.ranks or self.share > 0, f"ranks {self.ranks} are of a share; give --share too")
         for rank in self.ranks:
             _require(0 <= rank < self.share, f"ranks has {rank}; a ring of {self.share} has 0 to {self.share - 1}")
@@ -131,6 +131,13 @@ class TrainBench:
 
     def __post_init__(self):
         _at_least(self, steps=1, warmup=1, top=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """The command line of `ringjax bench train`: the config's own sections, and this one."""
+
+    bench: TrainBench = TrainBench()
 
 
 def split_heads(heads: str) -> tuple[int, int]:

@@ -28,7 +28,7 @@ def compiled_memory(executable: Any) -> dict[str, int]:
 
 
 def peak_bytes() -> int | None:
-    """The most bytes that any of this process's devices has had in use since the process began; None if it won't say."""
+    """The most bytes that any device of this process has had in use since it began; None where it isn't known."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(peaks) if peaks else None

@@ -18,7 +18,7 @@ def plot_rows(rows: Sequence[Row], path: Path, title: str) -> Path | None:
     if not rows:
         return None
     kinds = list(dict.fromkeys(row.kind for row in rows))
-    masks = list(dict.fromkeys((row.mask, f"{row.heads}/{row.kv_heads}") for row in rows))
+    masks = list(dict.fromkeys(_panel_of(row) for row in rows))
     size = 2.5 + 4.2 * len(kinds), 1.2 + 3.2 * len(masks)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -26,8 +26,7 @@ def plot_rows(rows: Sequence[Row], path: Path, title: str) -> Path | None:
     colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(_name(row) for row in rows))}
     for line, (mask, heads) in zip(panels, masks):
         for axes, kind in zip(line, kinds):
-            of_panel = [row for row in rows if (row.mask, f"{row.heads}/{row.kv_heads}", row.kind) == (mask, heads, kind)]
-            _panel(axes, of_panel, colours)
+            _panel(axes, [row for row in rows if (*_panel_of(row), row.kind) == (mask, heads, kind)], colours)
             axes.set_title(f"{mask}, {heads} heads, {'forward + backward' if kind == 'both' else kind}", fontsize=9)
     handles = {label: h for axes in panels.flat for h, label in zip(*axes.get_legend_handles_labels())}
     if any(row.share for row in rows):
@@ -61,6 +60,10 @@ def _panel(axes, rows: Sequence[Row], colours: dict[str, str]) -> None:
     axes.set_xlabel("tokens")
     axes.set_ylabel("useful TFLOP/s a device" if unit == 1e12 else "useful GFLOP/s a device")
     axes.grid(alpha=0.3)
+
+
+def _panel_of(row: Row) -> tuple[str, str]:
+    return row.mask, f"{row.heads}/{row.kv_heads}"
 
 
 def _name(row: Row) -> str:

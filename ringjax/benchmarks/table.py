@@ -13,8 +13,8 @@ from ringjax.benchmarks.memory import gib
 from ringjax.benchmarks.rows import OK, Row
 
 COLUMNS = (
-    "mask", "heads", "tokens", "devices", "layout", "strategy", "backend", "pass", "ms (min – max)",
-    "TFLOP/s a device", "% of one-device kernel", "exposed", "memory", "check",
+    "mask", "heads", "tokens", "devices", "layout", "strategy", "backend", "pass", "ms (min–max)",
+    "TFLOP/s", "%", "exposed", "memory", "check",
 )  # fmt: skip
 SHARE = "one device's share, transfers left out"
 
@@ -30,7 +30,7 @@ def cells(row: Row) -> list[str]:
     times = row.times
     return [
         *what,
-        f"{_ms(times['median'])} ({_ms(times['min'])} – {_ms(times['max'])})",
+        f"{_ms(times['median'])} ({_ms(times['min'])}–{_ms(times['max'])})",
         f"{row.rate / 1e12:.3g}",
         "–" if row.percent is None else f"{row.percent:.1f}",
         _exposed(row),
@@ -64,7 +64,7 @@ def _check(row: Row) -> str:
     if not row.errors:
         return ""
     name, (error, bound) = max(row.errors.items(), key=lambda item: item[1][0] / item[1][1])
-    return f"{name} {error:.1e} ≤ {bound:.1e}" if error <= bound else f"WRONG: {name} {error:.1e} > {bound:.1e}"
+    return f"{name} {error / bound:.2f}" if error <= bound else f"{name} {error:.1e} > {bound:.1e}"
 
 
 def print_rows(rows: Sequence[Row], notes: Sequence[str], console=None) -> None:
@@ -84,11 +84,14 @@ def print_rows(rows: Sequence[Row], notes: Sequence[str], console=None) -> None:
 
 def markdown(rows: Sequence[Row], notes: Sequence[str], environment: dict[str, Any]) -> str:
     """The table with hardware, versions and command, ready for docs/results/."""
-    lines = ["# Attention", "", f"`{environment['command']}`, {environment['date'][:10]}", ""]
-    lines += [f"{line}  " for line in header(environment)] + [""]
-    lines += markdown_table(COLUMNS, [cells(row) for row in rows])
-    lines += ["", *(f"- {note}" for note in notes), ""]
-    return "\n".join(lines)
+    body = markdown_table(COLUMNS, [cells(row) for row in rows])
+    return page("Attention", environment, [*body, "", *(f"- {note}" for note in notes)])
+
+
+def page(title: str, environment: dict[str, Any], body: Sequence[str]) -> str:
+    """A page of docs/results/: the command and what it ran on, then `body`."""
+    lines = [f"# {title}", "", f"`{environment['command']}`, {environment['date'][:10]}", ""]
+    return "\n".join([*lines, *(f"- {line}" for line in header(environment)), "", *body, ""])
 
 
 def markdown_table(columns: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -105,6 +108,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
         (row.baseline["name"], row.baseline["mask"], row.baseline["length"]) for row in timed if row.baseline
     ):
         found.append(f"one-device kernel: {name}, {mask}, {length} tokens, timed in turn with each row")
+    if timed:
+        found.insert(0, "TFLOP/s: useful ones a device; %: of the one-device kernel's")
     if any(row.baseline and row.baseline["length"] < row.length for row in timed):
         found.append("longer rows are held against the rate of the longest one-device run")
     if any(row.mask not in ("causal", "full") for row in timed):
@@ -116,7 +121,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
     if any(row.bytes_needed for row in timed):
         found.append("memory: of one device, as the compiler plans it: arguments, results and what lies between")
     if any(row.errors for row in rows):
-        found.append("check: the error nearest to its bound, 2 × (out) or 3 × (gradients) that of the plain formula")
+        found.append(
+            "check: the error nearest to its bound, as a share of it; bounds: 2 × (out), 3 × (gradients) the plain formula's"
+        )
     elif timed:
         found.append("not checked (--check false)")
     return found
