@@ -267,9 +267,7 @@ def _bench_train(arguments: list[str]) -> int:
     from ringjax.benchmarks.config import TrainBench, TrainOptions
 
     if any(argument in ("-h", "--help") for argument in arguments):
-        about = (
-            "Step time, tokens a second, MFU and memory of a config's training steps; --section.key value as in train."
-        )
+        about = "Step time, tokens a second, MFU and memory of a config's steps; --section.key value as in train."
         _print_help(TrainOptions(), "ringjax bench train CONFIG", about)
     positional, pairs = split_overrides(arguments)
     bench = [(key.removeprefix("bench."), [value]) for key, value in pairs if key.startswith("bench.")]
