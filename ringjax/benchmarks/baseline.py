@@ -37,6 +37,7 @@ class Baselines:
     def __init__(self, longest: int, say: Callable[[str], None]):
         self.longest, self.say = longest, say
         self._made: dict[tuple[Workload, str], Baseline | None] = {}
+        self._arrays: tuple[Workload, tuple] | None = None
 
     def get(self, work: Workload, kind: str, arrays) -> Baseline | None:
         """The baseline for this work; `arrays` are its q, k, v and dout in ascending order. None where none fits."""
@@ -51,15 +52,20 @@ class Baselines:
         while length >= min(SHORTEST, dense.length):
             work = dataclasses.replace(dense, length=length)
             try:
-                if length != dense.length:
-                    arrays = workload.inputs(work)
-                return self._compile(work, kind, programs.on_first_device(arrays))
+                return self._compile(work, kind, self._inputs(work, arrays if length == dense.length else None))
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
             length //= 2
         self.say(f"no one-device kernel fits beside {dense.length} tokens: no percentages there")
         return None
+
+    def _inputs(self, work: Workload, arrays) -> tuple:
+        """`arrays` (None: new ones) on one device; both passes share them."""
+        if self._arrays is None or self._arrays[0] != work:
+            self._arrays = None  # frees the last ones first
+            self._arrays = work, programs.on_first_device(workload.inputs(work) if arrays is None else arrays)
+        return self._arrays[1]
 
     def _compile(self, work: Workload, kind: str, arrays) -> Baseline:
         device = jax.devices()[0]

@@ -122,8 +122,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
         found.append("memory: of one device, as the compiler plans it: arguments, results and what lies between")
     if any(row.errors for row in rows):
         found.append(
-            "check: the error nearest to its bound, as a share of it; bounds are 2 × (out) and 3 × (gradients) the error"
-            " of the plain formula in the same type"
+            "check: the error nearest to its bound, as a share of it; bounds are 2 × (out), 3 × (gradients) that of the"
+            " plain formula in the same type"
         )
     elif timed:
         found.append("not checked (--check false)")

@@ -47,12 +47,12 @@ class Workload:
         return int(self.mask.split(":")[1]) if self.mask.startswith("window:") else None
 
     def at(self, length: int) -> "Workload":
-        """The same at another length: documents shrink with it, a window is at most a quarter of it."""
+        """The same at a shorter length, where an eighth of it is the longest mean document, a quarter the window."""
         if length == self.length:
             return self
-        shrunk = max(2, self.mean_document * length // self.length)
+        mean = max(2, min(self.mean_document, length // 8))
         mask = f"window:{max(1, min(self.window, length // 4))}" if self.window else self.mask
-        return dataclasses.replace(self, mask=mask, length=length, mean_document=shrunk)
+        return dataclasses.replace(self, mask=mask, length=length, mean_document=mean)
 
     def arguments(self) -> dict:
         """What to call `rj.attention` and its like with; `packed` is a reach beside these."""
