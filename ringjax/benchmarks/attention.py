@@ -1,5 +1,6 @@
 """`ringjax bench attention`: every way of every workload, checked, then timed in turn with the one-device kernel."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 import ringjax as rj
-from ringjax.benchmarks import check, programs, rows, still, timing, workload
+from ringjax.benchmarks import check, peers, programs, rows, still, timing, torch_peer, workload
 from ringjax.benchmarks.baseline import Baselines, first_line, is_out_of_memory
 from ringjax.benchmarks.config import AttentionBench, split_heads
 from ringjax.benchmarks.memory import peak_bytes
@@ -37,9 +38,11 @@ class Placed:
 class AttentionRun:
     """All cases of a config; `rows` fills as they are done, and `done` is called after each."""
 
-    def __init__(self, config: AttentionBench, say: Callable[[str], None], done: Callable[[Row], None]):
-        self.config, self.say, self.done = config, say, done
+    def __init__(self, config: AttentionBench, say: Callable[[str], None], done: Callable[[Row], None], torch=()):
+        """`torch`: what `torch_peer.run` measured."""
+        self.config, self.say, self.done, self.torch = config, say, done, torch
         self.rows: list[Row] = []
+        self.timed_baselines: dict[tuple[Workload, str], dict] = {}
         count = len(jax.devices())
         if config.devices is not None and config.devices > count:
             raise ValueError(f"devices is {config.devices} and there are {count}; ask for fewer, or simulate them on"
@@ -49,20 +52,11 @@ class AttentionRun:
         self.expected: dict[tuple, list[check.Expected]] = {}
 
     def run(self) -> list[Row]:
-        for _, works in itertools.groupby(self._works(), lambda work: (work.heads, work.kv_heads, work.mask)):
+        for _, same in itertools.groupby(works(self.config), lambda work: (work.heads, work.kv_heads, work.mask)):
             self.expected = {}  # what is expected at `check_length` serves all lengths
-            for work in works:
+            for work in same:
                 self._workload(work)
         return self.rows
-
-    def _works(self) -> Iterator[Workload]:
-        config = self.config
-        for heads, mask, length in itertools.product(config.heads, config.masks, config.lengths):
-            query_heads, kv_heads = split_heads(heads)
-            yield Workload(
-                mask, length, query_heads, kv_heads, config.head_dim, config.batch, config.dtype,
-                config.mean_document if mask == "packed" else 2, config.seed,
-            )  # fmt: skip
 
     def ways(self) -> list[Way]:
         """The ways of the config; one device needs no layout."""
@@ -86,18 +80,31 @@ class AttentionRun:
             placed = None
             for kind in self.config.passes:
                 row = _row(work, way, kind)
-                try:
+                with self._outcome(row):
                     if ascending is None:
                         ascending = self._inputs(work)
                     placed = placed or self._placed(work, way, ascending)
                     self._case(row, work, way, kind, ascending, placed)
-                except NotImplementedError as error:
-                    row.status, row.reason = rows.REFUSED, first_line(error)
-                except Exception as error:  # one case must not take the others with it
-                    row.status = rows.NO_MEMORY if is_out_of_memory(error) else rows.FAILED
-                    row.reason = f"{type(error).__name__}: {first_line(error)}"
-                self.rows.append(row)
-                self.done(row)
+                self._finish(row)
+        if self.config.peers:
+            self.rows_of_peers(work, ascending)
+
+    @contextlib.contextmanager
+    def _outcome(self, row: Row) -> Iterator[None]:
+        """What goes wrong inside becomes the row's status: one case must not take the others with it."""
+        try:
+            yield
+        except peers.Absent as error:
+            row.status, row.reason = rows.ABSENT, first_line(error)
+        except NotImplementedError as error:
+            row.status, row.reason = rows.REFUSED, first_line(error)
+        except Exception as error:
+            row.status = rows.NO_MEMORY if is_out_of_memory(error) else rows.FAILED
+            row.reason = f"{type(error).__name__}: {first_line(error)}"
+
+    def _finish(self, row: Row) -> None:
+        self.rows.append(row)
+        self.done(row)
 
     def _case(self, row: Row, work: Workload, way: Way, kind: str, ascending, placed: Placed) -> None:
         if way.share:
@@ -162,7 +169,7 @@ class AttentionRun:
         row.times, row.rate = times["ours"].plain(), row.flops / row.devices / times["ours"].median
         row.peak_bytes = peak_bytes()
         if baseline is not None:
-            row.baseline = _plain_baseline(baseline, times["baseline"])
+            self._hold_against(row, work, baseline, times["baseline"])
         for name in ("still", "transfers"):
             if name in times:
                 setattr(row, name, times[name].plain())
@@ -194,6 +201,62 @@ class AttentionRun:
         seconds = 0.0 if jax.devices()[0].platform == "cpu" else config.run_seconds
         return timing.in_turns(calls, repeats=config.repeats, warmup=config.warmup, run_seconds=seconds)
 
+    def _hold_against(self, row: Row, work: Workload, baseline, times: timing.Times) -> None:
+        row.baseline = {
+            "name": baseline.name, "length": baseline.work.length, "mask": baseline.work.mask,
+            "rate": baseline.rate(times.median), **times.plain(),
+        }  # fmt: skip
+        self.timed_baselines[work, row.kind] = row.baseline
+
+    # ------------------------------------------------------------------ others
+
+    def rows_of_peers(self, work: Workload, ascending) -> None:
+        """Other projects' attention on the same work."""
+        for peer, kind in itertools.product(self.config.peers, self.config.passes):
+            if peer == "torch":
+                for result in self.torch:
+                    if torch_peer.is_of(result, work, kind):
+                        self._finish(torch_peer.row_of(result, work, self.timed_baselines.get((work, kind))))
+                continue
+            devices = 1 if peers.on_one_device(peer) else self.ring_size
+            row = _row(work, Way(peer, None if devices == 1 else "contiguous", "–", devices), kind)
+            with self._outcome(row):
+                self._peer(row, work, peer, kind, self._inputs(work) if ascending is None else ascending)
+            self._finish(row)
+
+    def _peer(self, row: Row, work: Workload, peer: str, kind: str, ascending) -> None:
+        """The fastest of a peer's settings."""
+        if self.config.share:
+            raise NotImplementedError(f"a share of {peer}: its ring cannot be taken apart")
+        mesh = programs.ring_mesh(row.devices)
+        arrays = programs.on_first_device(ascending) if row.devices == 1 else ascending
+        best, seconds, failure = None, float("inf"), None
+        for candidate in peers.candidates(peer, work, mesh):
+            try:
+                program = programs.compiled(programs.of_pass(candidate.attend, kind), *arrays, work.reach())
+                took = timing.in_turns({"": program.call}, repeats=2, warmup=2)[""].least
+            except Exception as error:  # one of its settings, not the peer
+                failure = error
+                continue
+            if took < seconds:
+                best, seconds, row.backend = program, took, candidate.label
+        if best is None:
+            raise failure or NotImplementedError(f"{peer} has no setting for this")
+        _describe(row, best)
+        if self.config.check:
+            place = np.arange(work.length)
+            outputs = best.call()
+            expected = self._expected(work, ascending, self.config.check_rows)
+            row.errors = check.worst(*(e.errors(outputs, place) for e in expected))
+            if max(found for found, _ in row.errors.values()) > peers.NONSENSE:
+                row.status = rows.WRONG
+                return
+        baseline = self.baselines.get(work, kind, ascending)
+        times = self._turns(({"baseline": baseline.program.call} if baseline else {}) | {"ours": best.call})
+        row.times, row.rate = times["ours"].plain(), row.flops / row.devices / times["ours"].median
+        if baseline is not None:
+            self._hold_against(row, work, baseline, times["baseline"])
+
     # ------------------------------------------------------------------ a share
 
     def _share(self, row: Row, work: Workload, way: Way, kind: str, ascending) -> None:
@@ -219,7 +282,7 @@ class AttentionRun:
         row.rate = row.flops / way.ring_size / slowest["ours"].median
         row.peak_bytes = peak_bytes()
         if baseline is not None:
-            row.baseline = _plain_baseline(baseline, slowest["baseline"])
+            self._hold_against(row, work, baseline, slowest["baseline"])
 
     def _one_share(self, work: Workload, way: Way, kind: str, rank: int, ascending):
         found = []
@@ -280,13 +343,18 @@ def _describe(row: Row, program: Program) -> None:
     row.compile_seconds, row.memory, row.choices = program.compile_seconds, program.memory, program.choices
 
 
-def _plain_baseline(baseline, times: timing.Times) -> dict:
-    return {
-        "name": baseline.name, "length": baseline.work.length, "mask": baseline.work.mask,
-        "rate": baseline.rate(times.median), **times.plain(),
-    }  # fmt: skip
+def works(config: AttentionBench) -> Iterator[Workload]:
+    """What the config asks for, without a device."""
+    for heads, mask, length in itertools.product(config.heads, config.masks, config.lengths):
+        query_heads, kv_heads = split_heads(heads)
+        yield Workload(
+            mask, length, query_heads, kv_heads, config.head_dim, config.batch, config.dtype,
+            config.mean_document if mask == "packed" else 2, config.seed,
+        )  # fmt: skip
 
 
-def run_attention(config: AttentionBench, say: Callable[[str], None], done: Callable[[Row], None]) -> Sequence[Row]:
+def run_attention(
+    config: AttentionBench, say: Callable[[str], None], done: Callable[[Row], None], torch=()
+) -> Sequence[Row]:
     """All rows of a config."""
-    return AttentionRun(config, say, done).run()
+    return AttentionRun(config, say, done, torch).run()

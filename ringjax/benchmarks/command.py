@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ringjax.benchmarks import environment, table, train
-from ringjax.benchmarks.attention import run_attention
+from ringjax.benchmarks import environment, table, torch_peer, train
+from ringjax.benchmarks.attention import run_attention, works
 from ringjax.benchmarks.config import AttentionBench, TrainBench
 from ringjax.benchmarks.rows import OK, Row
 from ringjax.training.config import RunConfig
@@ -14,6 +14,7 @@ from ringjax.training.mesh import simulate_devices
 def bench_attention(config: AttentionBench, arguments: list[str]) -> bool:
     """Run `ringjax bench attention`; whether no result was wrong. `arguments` are those of `ringjax`."""
     simulate_devices(config.simulated_devices)
+    torch = _torch(config)  # before JAX takes the devices' memory
     about = environment.describe(arguments)
     folder = Path(config.output) if config.output else None
     rows: list[Row] = []
@@ -25,7 +26,7 @@ def bench_attention(config: AttentionBench, arguments: list[str]) -> bool:
         if folder is not None:  # what is measured stays, whatever ends the command
             table.write_results(folder, "results.json", _plain(rows, about))
 
-    run_attention(config, lambda message: print(message, flush=True), done)
+    run_attention(config, lambda message: print(message, flush=True), done, torch)
     notes = table.notes(rows)
     table.print_rows(rows, notes)
     if folder is not None:
@@ -36,6 +37,15 @@ def bench_attention(config: AttentionBench, arguments: list[str]) -> bool:
         plot_rows(rows, folder / "plot.png", title)
         print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.is_file()))}")
     return all(row.good for row in rows)
+
+
+def _torch(config: AttentionBench) -> list[dict]:
+    if "torch" not in config.peers:
+        return []
+    return torch_peer.run(
+        works(config), config.passes, python=config.torch_python, devices=config.devices, repeats=config.repeats,
+        warmup=config.warmup, run_seconds=config.run_seconds, say=lambda message: print(message, flush=True),
+    )  # fmt: skip
 
 
 def _plain(rows: list[Row], about: dict) -> dict:

@@ -79,6 +79,8 @@ class AttentionBench:
     """At `lengths`, this many queries anywhere and as many at the end are checked."""
     peers: tuple[Literal["ringattention", "tokamax", "torch"], ...] = ()
     """Other projects' attention, where it is installed, on the same devices."""
+    torch_python: str | None = None
+    """For peer torch: a Python that has PyTorch; null: this one."""
     profile: str | None = None
     """A folder for a profile of each case."""
     output: str | None = None
