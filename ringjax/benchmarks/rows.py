@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+from ringjax.benchmarks.programs import Program, Way
+from ringjax.benchmarks.workload import Workload
+
 OK, WRONG, REFUSED, NO_MEMORY, FAILED, ABSENT = "ok", "WRONG", "refused", "out of memory", "failed", "not installed"
 
 
@@ -26,6 +29,7 @@ class Row:
     backend: str
     devices: int
     share: int = 0
+    peer: bool = False
     status: str = OK
     reason: str = ""
     pairs: int = 0
@@ -42,6 +46,20 @@ class Row:
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     peak_bytes: int | None = None
     profile: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, work: Workload, way: Way, kind: str) -> "Row":
+        """A row about this, with nothing measured yet."""
+        share = way.ring_size if way.share and way.strategy != "one_device" else 0
+        return cls(
+            work.mask, work.length, work.heads, work.kv_heads, work.head_dim, work.batch, work.dtype, kind,
+            way.strategy, way.layout, way.backend, devices=1 if share else way.ring_size, share=share,
+            pairs=work.pairs, flops=work.flops(kind),
+        )  # fmt: skip
+
+    def describe(self, program: Program) -> None:
+        """What is known of a program before it runs."""
+        self.compile_seconds, self.memory, self.choices = program.compile_seconds, program.memory, program.choices
 
     @property
     def percent(self) -> float | None:
@@ -69,8 +87,8 @@ class Row:
 
     @property
     def good(self) -> bool:
-        """Whether the command may end well after this row: a refusal is an answer, a wrong result is not."""
-        return self.status not in (WRONG, FAILED)
+        """Whether the command may end well after this row: a refusal is an answer, a wrong result of ours is not."""
+        return self.peer or self.status not in (WRONG, FAILED)
 
     def plain(self) -> dict[str, Any]:
         derived = dict(

@@ -13,11 +13,15 @@ from typing import Any
 
 from ringjax.benchmarks import rows
 from ringjax.benchmarks.peers import NONSENSE
+from ringjax.benchmarks.programs import Way
 from ringjax.benchmarks.rows import Row
 from ringjax.benchmarks.timing import Times
 from ringjax.benchmarks.workload import Workload
 
 SCRIPT = Path(__file__).with_name("torch_script.py")
+_SIGNS = {
+    "No module named 'torch'": rows.ABSENT, "NotImplementedError": rows.REFUSED, "out of memory": rows.NO_MEMORY,
+}  # fmt: skip
 # Of all cases together: NCCL that hangs must not hold the command for ever.
 TIMEOUT = 1200
 
@@ -59,18 +63,15 @@ def is_of(result: dict[str, Any], work: Workload, kind: str) -> bool:
 def row_of(result: dict[str, Any], work: Workload, baseline: dict[str, Any] | None) -> Row:
     """A result as a line of the table, beside the one-device kernel that JAX was timed on."""
     kind, devices = result["case"]["kind"], result.get("devices", 0)
-    row = Row(
-        work.mask, work.length, work.heads, work.kv_heads, work.head_dim, work.batch, work.dtype, kind,
-        "torch context_parallel", "zigzag" if work.mask == "causal" else "contiguous",
-        ", ".join(result[name] for name in ("kernel", "rotation") if name in result) or "–", devices,
-        pairs=work.pairs, flops=work.flops(kind), peak_bytes=result.get("peak_bytes"),
-    )  # fmt: skip
+    setting = ", ".join(result[name] for name in ("kernel", "rotation") if name in result) or "–"
+    layout = "zigzag" if work.mask == "causal" else "contiguous"
+    row = Row.of(work, Way("torch context_parallel", layout, setting, devices), kind)
+    row.peer, row.peak_bytes = True, result.get("peak_bytes")
     if "error" in result:
-        row.reason = result["error"]
-        absent = "No module named 'torch'" in row.reason
-        row.status = rows.ABSENT if absent else rows.REFUSED if "NotImplemented" in row.reason else rows.NO_MEMORY
-        if row.status == rows.NO_MEMORY and "out of memory" not in row.reason.lower():
-            row.status = rows.REFUSED
+        row.reason, row.status = result["error"], rows.FAILED
+        for sign, status in _SIGNS.items():
+            if sign in row.reason:
+                row.status = status
         return row
     row.times = Times(tuple(result["seconds"]), result["calls"]).plain()
     row.rate, row.baseline = row.flops / devices / row.times["median"], baseline
