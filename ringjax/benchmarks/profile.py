@@ -125,7 +125,9 @@ def scope_of(op_name: str) -> str:
     """The part of the model that an instruction belongs to, and whether it runs forward, backward or again."""
     if not op_name:
         return "not named"
-    part = next((scope for scope in SCOPES if f"/{scope}/" in f"/{op_name}/"), "other")
+    # A transformation encloses the scope that follows: "jvp(ring/attend)/dot_general".
+    path = f"/{re.sub('[()]', '/', op_name)}/"
+    part = next((scope for scope in SCOPES if f"/{scope}/" in path), "other")
     if part == "optimizer":
         return part
     if "rematted_computation" in op_name:
