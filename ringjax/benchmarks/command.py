@@ -5,7 +5,7 @@ from pathlib import Path
 from ringjax.benchmarks import environment, table, torch_peer, train
 from ringjax.benchmarks.attention import run_attention, works
 from ringjax.benchmarks.config import AttentionBench, TrainBench
-from ringjax.benchmarks.rows import OK, Row
+from ringjax.benchmarks.rows import Row
 from ringjax.training.config import RunConfig
 from ringjax.training.distributed import is_main
 from ringjax.training.mesh import simulate_devices
@@ -22,7 +22,7 @@ def bench_attention(config: AttentionBench, arguments: list[str]) -> bool:
 
     def done(row: Row) -> None:
         rows.append(row)
-        print(_line(row), flush=True)
+        print(table.line(row), flush=True)
         if folder is not None:  # what is measured stays, whatever ends the command
             table.write_results(folder, "results.json", _plain(rows, about))
 
@@ -50,16 +50,6 @@ def _torch(config: AttentionBench) -> list[dict]:
 
 def _plain(rows: list[Row], about: dict) -> dict:
     return {"environment": about, "rows": [row.plain() for row in rows], "notes": table.notes(rows)}
-
-
-def _line(row: Row) -> str:
-    """One row, as it is done, for those who wait."""
-    cells = dict(zip(table.COLUMNS, table.cells(row)))
-    what = " ".join(cells[name] for name in ("mask", "heads", "tokens", "strategy", "layout", "backend", "pass"))
-    if row.status != OK:
-        return f"{what}: {row.status}: {row.reason or cells['check']}"
-    percent = "" if row.percent is None else f", {row.percent:.1f} % of the one-device kernel"
-    return f"{what}: {cells['ms (min–max)']} ms, {cells['TFLOP/s']} TFLOP/s a device{percent}"
 
 
 def bench_train(run: RunConfig, config: TrainBench, arguments: list[str]) -> bool:

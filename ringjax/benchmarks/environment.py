@@ -7,7 +7,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -77,8 +76,3 @@ def header(found: dict[str, Any]) -> list[str]:
     if found["platform"] == "cpu":
         lines.append("CPU devices: these times say nothing about an accelerator")
     return lines
-
-
-def arguments_of_process() -> list[str]:
-    """What this process was called with, after the program's name."""
-    return sys.argv[1:]

@@ -53,8 +53,8 @@ def compiled(function: Callable, *arguments) -> Program:
 
     Raises NotImplementedError where the library refuses, and JAX's error where the device has too little memory.
     """
-    # A function of its own each time: JAX keeps what it traced of a function, and a ring's stand-in (`still`) is seen only
-    # while tracing.
+    # A function of its own each time: JAX keeps what it traced of a function, and a ring's stand-in (`still`) is seen
+    # only while tracing.
     fresh = lambda *arguments: function(*arguments)  # noqa: E731
     with backend_choices() as choices:
         start = time.perf_counter()

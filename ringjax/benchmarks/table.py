@@ -39,6 +39,16 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+def line(row: Row) -> str:
+    """A row in one line, for those who wait for the table."""
+    found = dict(zip(COLUMNS, cells(row)))
+    what = " ".join(found[name] for name in ("mask", "heads", "tokens", "strategy", "layout", "backend", "pass"))
+    if row.status != OK:
+        return f"{what}: {row.status}: {row.reason or found['check']}"
+    percent = "" if row.percent is None else f", {row.percent:.1f} % of the one-device kernel"
+    return f"{what}: {found['ms (min–max)']} ms, {found['TFLOP/s']} TFLOP/s a device{percent}"
+
+
 def chosen(row: Row) -> str:
     """The backend, and with auto what it chose."""
     if row.backend != "auto" or not row.choices:

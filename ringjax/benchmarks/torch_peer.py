@@ -66,7 +66,7 @@ def row_of(result: dict[str, Any], work: Workload, baseline: dict[str, Any] | No
     setting = ", ".join(result[name] for name in ("kernel", "rotation") if name in result) or "–"
     layout = "zigzag" if work.mask == "causal" else "contiguous"
     row = Row.of(work, Way("torch context_parallel", layout, setting, devices), kind)
-    row.peer, row.peak_bytes = True, result.get("peak_bytes")
+    row.peer = True
     if "error" in result:
         row.reason, row.status = result["error"], rows.FAILED
         for sign, status in _SIGNS.items():
