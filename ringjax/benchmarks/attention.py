@@ -103,7 +103,10 @@ def _measure_peer(session: Session, row: Row, work: Workload, ascending) -> None
     """The fastest of a peer's settings."""
     if session.config.share:
         raise NotImplementedError(f"a share of {row.strategy}: its ring cannot be taken apart")
-    row.backend, best = _fastest(row, work, programs.on_first_device(ascending) if row.devices == 1 else ascending)
+    arrays = programs.on_first_device(ascending) if row.devices == 1 else ascending
+    key = row.strategy, row.kind  # what was best at one length is taken at the next: each setting compiles for long
+    row.backend, best = _fastest(row, work, arrays, session.best_settings.get(key))
+    session.best_settings[key] = row.backend
     row.describe(best)
     if session.config.check:
         outputs, place = best.call(), np.arange(work.length)
@@ -116,9 +119,10 @@ def _measure_peer(session: Session, row: Row, work: Workload, ascending) -> None
     session.fill(row, work, ascending, session.time(work, row.kind, ascending, ours=best), row.devices)
 
 
-def _fastest(row: Row, work: Workload, arrays) -> tuple[str, Program]:
+def _fastest(row: Row, work: Workload, arrays, known: str | None) -> tuple[str, Program]:
     best, failure = (float("inf"), "", None), None
-    for candidate in peers.candidates(row.strategy, work, programs.ring_mesh(row.devices)):
+    found = list(peers.candidates(row.strategy, work, programs.ring_mesh(row.devices)))
+    for candidate in [candidate for candidate in found if candidate.label == known] or found:
         try:
             program = programs.compiled(programs.of_pass(candidate.attend, row.kind), *arrays, work.reach())
             seconds = timing.in_turns({"": program.call}, repeats=2, warmup=2)[""].least

@@ -79,15 +79,22 @@ def check_length(work: Workload, way: Way) -> None:
 
 def _errors(session: Session, kind: str, work: Workload, way: Way, ascending, program: Program, placed: Placed):
     """At the work's own length, and where that is too long for all of it, at the check's."""
-    found = []
-    for checked, count in session.checks(work, way.ring_size):
-        if checked != work:
-            ascending = session.inputs(checked)
-            placed = Placed.of(checked, way, ascending)
-            program = compiled(checked, way, kind, placed)
-        outputs = program.call()
-        found += [e.errors(outputs, placed.place) for e in session.expected(checked, ascending, count)]
+    (_, count), *others = session.checks(work, way.ring_size)
+    found = [_errors_at(session, work, count, ascending, placed, program)]
+    for short, count in others:
+
+        def at_check_length(short=short, count=count):
+            ascending = session.inputs(short)
+            placed = Placed.of(short, way, ascending)
+            return _errors_at(session, short, count, ascending, placed, compiled(short, way, kind, placed))
+
+        found.append(session.once((short, way, kind), at_check_length))
     return check.worst(*found)
+
+
+def _errors_at(session: Session, work: Workload, count: int | None, ascending, placed: Placed, program: Program):
+    outputs = program.call()
+    return check.worst(*(e.errors(outputs, placed.place) for e in session.expected(work, ascending, count)))
 
 
 def _communication(row: Row, work: Workload, way: Way, placed: Placed, program: Program) -> dict[str, Program | None]:

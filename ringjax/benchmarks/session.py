@@ -30,11 +30,19 @@ class Session:
         self.ring_size = config.share or config.devices or count
         self.baselines = Baselines(config.baseline_up_to, say)
         self.timed_baselines: dict[tuple[Workload, str], dict[str, Any]] = {}
+        self.best_settings: dict[tuple, str] = {}
         self._expected: dict[tuple, list[check.Expected]] = {}
+        self._errors: dict[tuple, check.Errors] = {}
 
     def forget(self) -> None:
-        """Let go of what was expected of the workloads so far."""
-        self._expected = {}
+        """Let go of what was found about the workloads so far."""
+        self.best_settings, self._expected, self._errors = {}, {}, {}
+
+    def once(self, key: tuple, errors: Callable[[], check.Errors]) -> check.Errors:
+        """`errors()`, found once for each key: the check at `check_length` serves all lengths."""
+        if key not in self._errors:
+            self._errors[key] = errors()
+        return self._errors[key]
 
     def inputs(self, work: Workload) -> tuple[Array, ...]:
         """q, k, v and dout in ascending order, cut over the ring's devices (on one device for a share)."""
@@ -50,7 +58,7 @@ class Session:
         return self._expected[work, count]
 
     def checks(self, work: Workload, ring_size: int) -> list[tuple[Workload, int | None]]:
-        """The workloads that a way is checked on, and how many queries of each (None: all)."""
+        """The workloads that a way is checked on, its own first, and how many queries of each (None: all)."""
         # Every layout can cut a multiple of this, into shards that a kernel's tiles fit.
         multiple, wanted = 256 * ring_size, self.config.check_length
         whole = max(multiple, wanted // multiple * multiple) if wanted else 0

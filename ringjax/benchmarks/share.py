@@ -38,15 +38,22 @@ def measure(session: Session, row: Row, work: Workload, way: Way, ascending) -> 
 
 
 def _errors(session: Session, program: Program, work: Workload, way: Way, kind: str, rank: int, ascending) -> Errors:
-    found = []
-    for checked, count in session.checks(work, way.ring_size):
-        if checked != work:
-            ascending = session.inputs(checked)
-            program = _compiled(checked, way, kind, rank, ascending)
-        outputs, place = program.call(), np.arange(checked.length // way.ring_size)
-        asked = check.share_questions(checked, way.layout, way.ring_size, rank, _own(checked, way, ascending), count)
-        found += [check.Expected.of(question).errors(outputs, place) for question in asked]
+    (_, count), *others = session.checks(work, way.ring_size)
+    found = [_errors_at(work, way, rank, count, ascending, program)]
+    for short, count in others:
+
+        def at_check_length(short=short, count=count):
+            inputs = session.inputs(short)
+            return _errors_at(short, way, rank, count, inputs, _compiled(short, way, kind, rank, inputs))
+
+        found.append(session.once((short, way, kind, rank), at_check_length))
     return check.worst(*found)
+
+
+def _errors_at(work: Workload, way: Way, rank: int, count: int | None, ascending, program: Program) -> Errors:
+    outputs, place = program.call(), np.arange(work.length // way.ring_size)
+    asked = check.share_questions(work, way.layout, way.ring_size, rank, _own(work, way, ascending), count)
+    return check.worst(*(check.Expected.of(question).errors(outputs, place) for question in asked))
 
 
 def _compiled(work: Workload, way: Way, kind: str, rank: int, ascending) -> Program:
