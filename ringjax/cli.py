@@ -1,4 +1,4 @@
-"""The command line: `ringjax train`, `generate`, `info`, `config show`, `tokenize`.
+"""The command line: `ringjax train`, `generate`, `info`, `config show`, `tokenize`, `bench`.
 
 Exit codes, for people and supervisors:
 
@@ -120,6 +120,18 @@ def split_overrides(arguments: Sequence[str], flags: Sequence[str] = ()) -> tupl
     return positional, pairs
 
 
+def split_lists(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Positional arguments, and each `--key` with all the values behind it: for options that are lists."""
+    positional, pairs = [], []
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, given, value = argument[2:].partition("=")
+            pairs.append((key.replace("-", "_"), [value] if given else []))
+        else:
+            (pairs[-1][1] if pairs else positional).append(argument)
+    return positional, pairs
+
+
 def _load(arguments: list[str], command: str):
     """The config named on the command line with its overrides; prints the help and leaves for `--help`."""
     from ringjax.training.load import load_config
@@ -222,6 +234,75 @@ def _generate(arguments: list[str]) -> int:
     return OK
 
 
+def _bench(arguments: list[str]) -> int:
+    benches = {"attention": _bench_attention, "train": _bench_train}
+    if not arguments or arguments[0] not in benches:
+        if arguments and arguments[0] not in ("-h", "--help"):
+            raise UsageError(f"unknown benchmark {arguments[0]!r}; {_nearest(arguments[0], benches)}")
+        print(
+            "usage: ringjax bench attention [--lengths T …] …\n"
+            "       ringjax bench train CONFIG [--section.key value …] [--bench.steps N] …\n\n"
+            "Each checks what it times. --help after either lists its options."
+        )
+        return OK if arguments else USAGE
+    return benches[arguments[0]](arguments[1:])
+
+
+def _bench_attention(arguments: list[str]) -> int:
+    from ringjax.benchmarks.config import AttentionBench
+
+    if any(argument in ("-h", "--help") for argument in arguments):
+        about = "Speed, memory and exposed communication of attention, each case checked before it is timed."
+        _print_help(AttentionBench(), "ringjax bench attention", about)
+    positional, pairs = split_lists(arguments)
+    if positional:
+        raise UsageError(f"ringjax bench attention takes only --options, not {' '.join(positional)}")
+    config = _read_lists(AttentionBench, pairs)
+    from ringjax.benchmarks.command import bench_attention
+
+    return OK if bench_attention(config, ["bench", "attention", *arguments]) else FAILED
+
+
+def _bench_train(arguments: list[str]) -> int:
+    from ringjax.benchmarks.config import TrainBench, TrainOptions
+
+    if any(argument in ("-h", "--help") for argument in arguments):
+        about = "Step time, tokens a second, MFU and memory of a config's steps; --section.key value as in train."
+        _print_help(TrainOptions(), "ringjax bench train CONFIG", about)
+    positional, pairs = split_overrides(arguments)
+    bench = [(key.removeprefix("bench."), [value]) for key, value in pairs if key.startswith("bench.")]
+    config = _read_lists(TrainBench, bench, "--bench.")
+    if len(positional) != 1:
+        found = " ".join(positional) or "none"
+        raise UsageError(f"ringjax bench train takes one CONFIG, not {len(positional)}: {found}")
+    from ringjax.training.load import load_config
+
+    run = load_config(positional[0], [(key, value) for key, value in pairs if not key.startswith("bench.")])
+    from ringjax.benchmarks.command import bench_train
+
+    return OK if bench_train(run, config, ["bench", "train", *arguments]) else FAILED
+
+
+def _read_lists(kind, pairs: list[tuple[str, list[str]]], prefix: str = "--"):
+    """The dataclass `kind` from `--key value …`; a field that is a tuple takes all values, another exactly one."""
+    from ringjax.training.typed import build
+    from ringjax.training.yaml_tree import Item, parse_value, to_item
+
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    values = {}
+    for key, given in pairs:
+        where, type_name = f"{prefix}{key}", types.get(key, "")
+        is_list = type_name.startswith("tuple")
+        if not is_list and len(given) > 1:
+            raise UsageError(f"{where} takes one value, not {len(given)}: {' '.join(given)}")
+        # Words are taken as they are: heads of "16" are no number, and `null` is none.
+        words = "str" in type_name and given != ["null"]
+        given = given or ([] if is_list else ["true"])
+        items = [to_item(value, where) if words else parse_value(value, where) for value in given]
+        values[key] = Item(items, where) if is_list else items[0]
+    return build(kind, Item(values, "command line"))
+
+
 COMMANDS = {
     "train": Command(_train, "train CONFIG [--section.key value …]", "train, or go on where a run was stopped"),
     "config": Command(_config, "config show CONFIG [--section.key value …]", "the resolved config as YAML"),
@@ -230,6 +311,9 @@ COMMANDS = {
     ),
     "generate": Command(
         _generate, "generate RUN_DIR --prompt WORDS [--draw FILE]", "text, words for a picture, a picture from words"
+    ),
+    "bench": Command(
+        _bench, "bench attention | train CONFIG [--option value …]", "speed and memory, each result checked first"
     ),
     "info": Command(_info, "info", "devices, versions and attention backends"),
 }

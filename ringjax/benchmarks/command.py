@@ -1,0 +1,74 @@
+"""What `ringjax bench` does with its options: run, print, write."""
+
+from pathlib import Path
+
+from ringjax.benchmarks import environment, table, torch_peer, train
+from ringjax.benchmarks.attention import run_attention, works
+from ringjax.benchmarks.config import AttentionBench, TrainBench
+from ringjax.benchmarks.rows import Row
+from ringjax.training.config import RunConfig
+from ringjax.training.distributed import is_main
+from ringjax.training.mesh import simulate_devices
+
+
+def bench_attention(config: AttentionBench, arguments: list[str]) -> bool:
+    """Run `ringjax bench attention`; whether no result was wrong. `arguments` are those of `ringjax`."""
+    simulate_devices(config.simulated_devices)
+    torch = _torch(config)  # before JAX takes the devices' memory
+    about = environment.describe(arguments)
+    folder = Path(config.output) if config.output else None
+    rows: list[Row] = []
+    print("\n".join(environment.header(about)), flush=True)
+
+    def done(row: Row) -> None:
+        rows.append(row)
+        print(table.line(row), flush=True)
+        if folder is not None:  # what is measured stays, whatever ends the command
+            table.write_results(folder, "results.json", _plain(rows, about))
+
+    run_attention(config, lambda message: print(message, flush=True), done, torch)
+    notes = table.notes(rows)
+    table.print_rows(rows, notes)
+    if folder is not None:
+        from ringjax.benchmarks.plot import plot_rows
+
+        table.write_results(folder, "results.md", table.markdown(rows, notes, about))
+        title = f"{about['devices']} × {about['device']}, jax {about['versions'].get('jax', '?')}"
+        plot_rows(rows, folder / "plot.png", title)
+        print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.is_file()))}")
+    return all(row.good for row in rows)
+
+
+def _torch(config: AttentionBench) -> list[dict]:
+    if "torch" not in config.peers:
+        return []
+    return torch_peer.run(
+        works(config), config.passes, python=config.torch_python, devices=config.devices, repeats=config.repeats,
+        warmup=config.warmup, run_seconds=config.run_seconds, say=lambda message: print(message, flush=True),
+    )  # fmt: skip
+
+
+def _plain(rows: list[Row], about: dict) -> dict:
+    return {"environment": about, "rows": [row.plain() for row in rows], "notes": table.notes(rows)}
+
+
+def bench_train(run: RunConfig, config: TrainBench, arguments: list[str]) -> bool:
+    """Run `ringjax bench train`; whether the loss was finite. `arguments` are those of `ringjax`."""
+    train.prepare(run)
+    about = environment.describe(arguments)
+    say = (lambda message: print(message, flush=True)) if is_main() else lambda message: None
+    say("\n".join(environment.header(about)))
+    result = train.run_train(run, config, say)
+    measured = train.lines(result, about["device"], about["devices"])
+    say("\n".join(f"  {name:14s} {value}" for name, value in measured))
+    if result.profile is not None:
+        say("\n".join(["", *result.profile.lines()]))
+    if config.output and is_main():
+        folder = Path(config.output)
+        table.write_results(folder, "results.json", {"environment": about, "result": result.plain()})
+        text = table.page("Training", about, table.markdown_table(("", ""), measured))
+        if result.profile is not None:
+            text += "\n".join(["", "## Where the time of a step goes", "", *result.profile.lines()])
+        table.write_results(folder, "results.md", text)
+        say(f"{folder}: results.json, results.md")
+    return result.good
