@@ -83,7 +83,7 @@ def test_worst_keeps_what_is_nearest_to_its_bound():
 
 @pytest.mark.parametrize("layout", ["striped", "zigzag"])
 def test_a_ring_that_stands_still_does_the_same_work_and_sends_nothing(layout):
-    ring_size = 4
+    ring_size = 8  # a scan: of unrolled hops the CPU's compiler shares some between forward and backward
     way, mesh = Way("ring", layout, "auto", ring_size), cases.mesh(ring_size)
     work = dataclasses.replace(CAUSAL, length=128)
     arrays = workload.in_layout(workload.inputs(work), layout, ring_size, mesh)
