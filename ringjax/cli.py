@@ -53,6 +53,9 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return OK if arguments else USAGE
+    from ringjax import accelerator
+
+    accelerator.prepare()
     name, rest = arguments[0], arguments[1:]
     if name == "--version":
         import ringjax

@@ -27,6 +27,7 @@ def _versions() -> list[str]:
 def _devices() -> list[str]:
     import jax
 
+    from ringjax import accelerator
     from ringjax.training.utilisation import peak_flops
 
     devices = jax.devices()
@@ -38,6 +39,8 @@ def _devices() -> list[str]:
         lines.append(f"  memory of one: {memory / 2**30:.1f} GiB usable")
     if peak:
         lines.append(f"  peak of one: {peak / 1e12:.0f} TFLOP/s (bfloat16, dense)")
+    if devices[0].platform == "gpu":
+        lines += [f"  {line}" for line in accelerator.said()]
     if devices[0].platform == "cpu":
         lines.append("  no accelerator; mesh.simulated_devices makes a mesh of CPU devices")
     return lines

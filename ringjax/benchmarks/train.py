@@ -133,7 +133,8 @@ class _Steps:
 
     def run(self, warmup: int, steps: int) -> list[float]:
         """Seconds from the end of one step to the end of the next, for each timed step."""
-        ends, pending = [], []
+        jax.block_until_ready(self._state)
+        ends, pending = [time.perf_counter()], []
         for _ in range(warmup + steps):
             pending.append(self.step())
             while len(pending) > self._lag:
@@ -142,7 +143,7 @@ class _Steps:
         for loss in pending:
             jax.block_until_ready(loss)
             ends.append(time.perf_counter())
-        return list(np.diff(ends[warmup - 1 :]).tolist())
+        return np.diff(ends)[warmup:].tolist()
 
     def losses(self) -> tuple[float, float]:
         return float(self._losses[0]), float(self._losses[-1])

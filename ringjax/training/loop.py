@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ringjax import accelerator
 from ringjax.models.parallel import Parallel
 from ringjax.training import distributed
 from ringjax.training.checkpoint import (
@@ -103,6 +104,8 @@ class Run(contextlib.AbstractContextManager):
             self.writer = MetricsWriter(self.folder, step, self.config.logging.tensorboard)
         devices = jax.devices()
         self.display.say(f"{self.folder}: {len(devices)} × {devices[0].device_kind}, {jax.process_count()} process(es)")
+        if devices[0].platform == "gpu":
+            self.display.say(", ".join(accelerator.said()))
         if self.resumed:
             self.display.say(f"going on after step {step} ({self.resumed[0]})")
 

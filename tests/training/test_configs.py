@@ -11,7 +11,10 @@ from ringjax.models.transformer import Transformer
 from ringjax.training.load import check_devices, load_config, parse_config, to_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MACHINES = {"quickstart": (8, True), "one_gpu": (1, False), "lwm_text": (512, False), "lwm_vision": (512, False)}
+MACHINES = {
+    "quickstart": (8, True), "one_gpu": (1, False), "long_1b": (2, False), "long_135m": (2, False),
+    "lwm_text": (512, False), "lwm_vision": (512, False),
+}  # fmt: skip
 
 
 def test_every_config_is_tested():
