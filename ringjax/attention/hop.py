@@ -55,10 +55,10 @@ def forward(
     cases: Cases, kernels: Kernels, score: Score, partial: Partial | None, q, k, v, lo, hi, dtype
 ) -> Partial:
     """`partial` (None: nothing yet) merged with attention to the visiting k and v; its out has type `dtype` (None: as
-    the kernel gives it, if there is but one case)."""
+    the kernels give it)."""
     _require(kernels, cases)
     if dtype is None and len(cases.branches) > 1:
-        dtype = accumulator(q, k, v)
+        dtype = q.dtype if kernels.fused else accumulator(q, k, v)
 
     def attend(case: Case, partial, q, k, v, lo, hi):
         seen = None
@@ -79,14 +79,14 @@ def backward(
 ) -> Gradients:
     """dq (None: nothing yet) with what the visiting k and v add to it, and the gradients of these k and v.
 
-    dq is returned in `dtype` (None: as the kernel gives it, or what its branches have in common).
+    dq is returned in `dtype` (None: as the kernels give it).
     """
     _require(kernels, cases)
     wide = accumulator(q, k, v)
-    # One type for the branches: the kernels' own where all are of one kernel.
-    kinds = {case == INTERVAL for case in cases.branches if case is not None}
-    kv_dtype = None if len(cases.branches) == 1 else k.dtype if kinds == {False} else wide
-    dtype = kv_dtype if dtype is None else dtype
+    kv_dtype = None
+    if len(cases.branches) > 1:  # they must agree on one type
+        kv_dtype = k.dtype if kernels.fused else wide
+        dtype = kv_dtype if dtype is None else dtype
 
     def differentiate(case: Case, dq, q, k, v, out, lse, dout, delta, lo, hi):
         if case is None:

@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ringjax.attention import hop, patterns
-from ringjax.attention.hop import INTERVAL, Cases
+from ringjax.attention.hop import INTERVAL, Case, Cases
 from ringjax.attention.kernels.base import Gradients, Kernels, Score, accumulator, varying_like
 from ringjax.attention.layouts import Layout
 from ringjax.attention.merge import Partial, empty
@@ -83,8 +83,8 @@ class Ring:
         mask = self._mask(kernels, q, k, start, stop)
 
         def attend(visiting, partial, offset, dtype):
-            keys = wire.unpack(visiting)
-            return hop.forward(mask.cases(offset), kernels, score, partial, q, *keys, *mask.slots(offset), dtype)
+            cases, slots = mask.cases(offset, forward=True), mask.slots(offset)
+            return hop.forward(cases, kernels, score, partial, q, *wire.unpack(visiting), *slots, dtype)
 
         def move_and_attend(carry, offset, step, _):
             visiting, partial = carry
@@ -105,8 +105,9 @@ class Ring:
         mask = self._mask(kernels, q, k, start, stop)
 
         def attend(visiting, dq, offset, dtype):
+            cases, slots = mask.cases(offset, forward=False), mask.slots(offset)
             inputs = (q, *wire.unpack(visiting), out, lse, dout, delta)
-            return hop.backward(mask.cases(offset), kernels, score, dq, *inputs, *mask.slots(offset), dtype)
+            return hop.backward(cases, kernels, score, dq, *inputs, *slots, dtype)
 
         if last == 0:
             return attend(wire.packed, None, self.offsets[0], q.dtype)
@@ -184,27 +185,40 @@ class Mask:
     start: Int[Array, "B T"]
     stop: Int[Array, "B T"]
 
-    def cases(self, offset) -> Cases:
+    def cases(self, offset, *, forward: bool) -> Cases:
         """What the hop at `offset` (a number, or traced) may be."""
         group, source = self._groups(offset)
+        own = isinstance(offset, int) and offset == 0
         known, which = [], 0
         if self.patterns is not None:
-            earlier, own, later = self.patterns
-            if not isinstance(offset, int):  # inside a scan
-                known, which = [earlier, own, later], 1 + jnp.sign(source - group)
-            elif offset == 0:
-                known = [own]
-            else:
+            earlier, itself, later = (self._case(pattern, forward) for pattern in self.patterns)
+            if own:
+                known = [itself]
+            elif isinstance(offset, int):
                 known, which = [earlier, later], source > group
+            else:  # inside a scan
+                known, which = [earlier, itself, later], 1 + jnp.sign(source - group)
         if self.ring.mask is not None and known:
-            if self.kernels.dense is None:
-                known = [None if pattern is None else INTERVAL for pattern in known]
             return Cases.of(known, which)
+        if not (known and self.kernels.either):
+            return Cases.of([INTERVAL] if own else [None, INTERVAL], self._some(offset))
+        if own:
+            return Cases.of([INTERVAL, *known], self._plain())
+        return Cases.of([None, INTERVAL, *known], jnp.where(self._plain(), 2 + which, self._some(offset)))
+
+    def _case(self, pattern: patterns.Pattern | None, forward: bool) -> Case:
+        """The pattern, or INTERVAL where a kernel for intervals does it at least as well."""
+        if pattern is None:
+            return None
+        interval, dense = self.kernels.interval, self.kernels.dense
+        # Without copies of the queries but the first: a striped ring's hop is as fast then as one that needs none.
+        copies = forward and pattern.causal and pattern.queries[0] > 0
+        return INTERVAL if dense is None or (copies and interval is not None and interval.fused) else pattern
+
+    def _some(self, offset) -> Bool[Array, ""]:
+        """Whether any local query sees a visiting key."""
         lo, hi = self.slots(offset)
-        some = jnp.any(lo < hi)
-        if known and self.kernels.either:
-            return Cases.of([None, INTERVAL, *known], jnp.where(self._plain(), 2 + which, some))
-        return Cases.of([INTERVAL] if self.ring.size == 1 else [None, INTERVAL], some)
+        return jnp.any(lo < hi)
 
     def slots(self, offset) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
         """lo and hi of every local query in the slots of the shard that visits in the hop at `offset`."""

@@ -147,7 +147,12 @@ def test_auto_says_what_it_chose(caplog):
 
 
 def test_available_gives_reasons():
-    assert kernels.available() == dict.fromkeys(BACKENDS)
+    found = kernels.available()
+    assert list(found) == ["cudnn", "mosaic", "xla", "reference"]
+    assert found["xla"] is None and found["reference"] is None
+    if jax.default_backend() == "cpu":
+        assert found["cudnn"] == "needs an NVIDIA GPU, not a cpu"
+        assert found["mosaic"] == "needs an NVIDIA Hopper GPU, not a cpu"
 
 
 def test_a_named_backend_that_cannot_serve_says_why(monkeypatch):

@@ -37,13 +37,27 @@ def backward(q, k, v, out, lse, dout, delta, causal, score):
     return Gradients(*(x.astype(q.dtype) for x in grads))
 
 
-DENSE = Kernel("dense", None, None, dense=Dense(forward, backward, takes_delta=False))
+DENSE = Kernel("dense", None, None, dense=Dense(forward, backward, takes_delta=False), fused=True)
 
 
-@pytest.fixture(params=["alone", "beside xla"])
+def rounded(function):
+    """A kernel's function with its results in the type of the inputs, but lse."""
+
+    def call(q, *rest):
+        found = function(q, *rest)
+        return type(found)(*(x if x.ndim == 3 else x.astype(q.dtype) for x in found))
+
+    return call
+
+
+FUSED = Kernel("fused", rounded(reference.forward), rounded(reference.backward), fused=True)
+
+
+@pytest.fixture(params=["alone", "beside xla", "beside a fused one"])
 def dense(request, monkeypatch):
     """A kernel for rectangles only, as the one backend or as the first choice of 'auto'."""
-    monkeypatch.setattr(kernels, "KERNELS", {"dense": DENSE, **kernels.KERNELS})
+    others = {"fused": FUSED} if request.param == "beside a fused one" else kernels.KERNELS
+    monkeypatch.setattr(kernels, "KERNELS", {"dense": DENSE, **others})
     api._compiled.clear_cache()
     api._sharded.clear_cache()
     yield "dense" if request.param == "alone" else "auto"

@@ -74,7 +74,8 @@ class Kernel:
 
     `forward` and `backward` serve any intervals (None: it has none), `dense` the rectangles of `Dense`.
     `unavailable()` says why the target cannot run it (None: it can). `refuses(q, k, v, score)` says why it does not
-    serve these inputs (None: it does); shapes and dtypes are known when a function is traced.
+    serve these inputs (None: it does); shapes and dtypes are known when a function is traced. `fused`: it is one
+    program on the device, which rounds its results to the type of the inputs.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Kernel:
     unavailable: Callable[[], str | None] = lambda: None
     refuses: Callable[[Array, Array, Array, Score], str | None] = lambda q, k, v, score: None
     dense: Dense | None = None
+    fused: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,11 @@ class Kernels:
 
     interval: Kernel | None
     dense: Kernel | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether all results come in the type of the inputs."""
+        return all(kernel.fused for kernel in (self.interval, self.dense) if kernel is not None)
 
     @property
     def either(self) -> bool:

@@ -114,5 +114,6 @@ def _cudnn_version() -> int | None:
 
 
 KERNEL = Kernel(
-    "cudnn", None, None, unavailable=unavailable, refuses=refuses, dense=Dense(forward, backward, takes_delta=False)
-)
+    "cudnn", None, None, unavailable=unavailable, refuses=refuses, fused=True,
+    dense=Dense(forward, backward, takes_delta=False),
+)  # fmt: skip
