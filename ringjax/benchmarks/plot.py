@@ -1,5 +1,6 @@
 """plot.png: the rate of each way by length, one panel a mask and pass, the one-device kernel dashed."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def plot_rows(rows: Sequence[Row], path: Path, title: str) -> Path | None:
     size = 2.5 + 4.2 * len(kinds), 1.2 + 3.2 * len(masks)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(masks), len(kinds), squeeze=False, sharex=True)
+    panels = figure.subplots(len(masks), len(kinds), squeeze=False)
     colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(_name(row) for row in rows))}
     for line, (mask, heads) in zip(panels, masks):
         for axes, kind in zip(line, kinds):
@@ -49,9 +50,10 @@ def _panel(axes, rows: Sequence[Row], colours: dict[str, str]) -> None:
             high = [(row.times["median"] / row.times["min"] - 1) * row.rate / unit for _, row in points]
             axes.errorbar(lengths, rates, yerr=[low, high], marker=_MARKS[index % len(_MARKS)], markersize=5,
                           linewidth=1.4, capsize=2, color=colour, label=name)  # fmt: skip
-    base = sorted({row.length: row.baseline["rate"] / unit for row in rows if row.baseline}.items())
+    timed = [(row.length, row.baseline["rate"] / unit) for row in rows if row.baseline]  # once beside each row
+    base = [(at, statistics.median(rate for length, rate in timed if length == at)) for at in sorted(dict(timed))]
     if base:
-        axes.plot(*zip(*base), "--", color="black", linewidth=1, label="one-device kernel")
+        axes.plot(*zip(*base), "--x", color="black", linewidth=1, label="one-device kernel")
     lengths = sorted({row.length for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [_short(length) for length in lengths], minor=False)

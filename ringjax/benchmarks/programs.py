@@ -123,19 +123,21 @@ def transfers(work: Workload, way: Way, kind: str, mesh: Mesh) -> Program | None
     )
     step = lambda xs: lax.optimization_barrier(jax.tree.map(rotate, xs))  # noqa: E731
 
-    def repeated(xs):
-        if traffic.rotations > MOST_UNROLLED:
-            return lax.fori_loop(0, traffic.rotations, lambda _, xs: step(xs), xs)
-        for _ in range(traffic.rotations):
+    def repeated(xs, times: int):
+        if times > MOST_UNROLLED:
+            return lax.fori_loop(0, times, lambda _, xs: step(xs), xs)
+        for _ in range(times):
             xs = step(xs)
         return xs
 
     def forward(kv, sums):
-        return repeated(kv)
+        return repeated(kv, traffic.rotations)
 
-    def both(kv, sums):  # K and V go around twice, the second time with dK and dV, which then go home
-        kv, sums = repeated((repeated(kv), sums))
-        return kv, step(sums)
+    def both(kv, sums):  # K and V go around twice, the second time beside dK and dV
+        homeward = traffic.returned // traffic.sums
+        together = min(traffic.rotations, homeward)
+        kv, sums = repeated((repeated(kv, traffic.rotations), sums), together)
+        return repeated(kv, traffic.rotations - together), repeated(sums, homeward - together)
 
     arrays = _sharded_bytes(traffic.kv, mesh), _sharded_bytes(traffic.sums, mesh)
     function = both if kind == "both" else forward

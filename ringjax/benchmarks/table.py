@@ -114,10 +114,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """How to read the table, as far as it applies to these rows."""
     found = []
     timed = [row for row in rows if row.status == OK]
-    for name, mask, length in dict.fromkeys(
-        (row.baseline["name"], row.baseline["mask"], row.baseline["length"]) for row in timed if row.baseline
-    ):
-        found.append(f"one-device kernel: {name}, {mask}, {length} tokens, timed in turn with each row")
+    held = [row.baseline for row in timed if row.baseline]
+    for name, mask in dict.fromkeys((b["name"], b["mask"]) for b in held):
+        lengths = sorted({b["length"] for b in held if (b["name"], b["mask"]) == (name, mask)})
+        tokens = ", ".join(map(str, lengths))
+        found.append(f"one-device kernel: {name}, {mask}, {tokens} tokens, timed in turn with each row")
     if timed:
         found.insert(0, "TFLOP/s: useful ones a device; %: of the one-device kernel's")
     if any(row.baseline and row.baseline["length"] < row.length for row in timed):

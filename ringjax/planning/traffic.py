@@ -49,7 +49,7 @@ class Traffic:
     @property
     def returned(self) -> int:
         """The part of the backward pass that is dK and dV."""
-        return (self.rotations + 1) * self.sums if self.rotations else 0
+        return self.rotations * self.sums
 
 
 def hidden_from(

@@ -71,7 +71,7 @@ def test_markdown_and_plot(results):
     assert text.startswith("# Attention\n\n`ringjax bench attention") and "× cpu" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 8 and len({line.count("|") for line in lines}) == 1
-    assert "one-device kernel: rj.attention xla, causal, 128 tokens" in text and "say nothing about" in text
+    assert "one-device kernel: rj.attention xla, causal, 128, 130 tokens" in text and "say nothing about" in text
     picture = matplotlib.image.imread(results[1] / "plot.png")
     assert picture.shape[0] > 300 and np.ptp(picture[..., :3]) > 0.5
 

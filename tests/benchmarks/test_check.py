@@ -1,6 +1,7 @@
 """What is right passes, what is a little wrong does not; and rings without rotations."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import ringjax as rj
 from ringjax.benchmarks import check, programs, still, workload
 from ringjax.benchmarks.programs import Way
 from ringjax.benchmarks.workload import Workload
+from ringjax.planning.traffic import Traffic
 from tests.attention import cases
 
 CAUSAL = Workload("causal", 96, 4, 2, 8, dtype="float32")
@@ -83,7 +85,7 @@ def test_worst_keeps_what_is_nearest_to_its_bound():
 
 @pytest.mark.parametrize("layout", ["striped", "zigzag"])
 def test_a_ring_that_stands_still_does_the_same_work_and_sends_nothing(layout):
-    ring_size = 8  # a scan: of unrolled hops the CPU's compiler shares some between forward and backward
+    ring_size = 2
     way, mesh = Way("ring", layout, "auto", ring_size), cases.mesh(ring_size)
     work = dataclasses.replace(CAUSAL, length=128)
     arrays = workload.in_layout(workload.inputs(work), layout, ring_size, mesh)
@@ -99,10 +101,23 @@ def test_a_ring_that_stands_still_does_the_same_work_and_sends_nothing(layout):
         assert not np.allclose(a, c, rtol=1e-2)
 
 
+def test_transfers_alone_are_those_that_the_planner_counts():
+    ring_size, way = 4, Way("ring", "striped", "auto", 4)
+    traffic = Traffic.of("striped", ring_size, 96, kv_heads=2, head_dim=8, dtype="float32")
+    for kind, sent in (("forward", traffic.forward), ("both", traffic.forward + traffic.backward)):
+        program = programs.transfers(CAUSAL, way, kind, cases.mesh(ring_size))
+        sizes = [int(n) for n in re.findall(r"f32\[(\d+)\]\S* collective-permute\(", program.text)]
+        assert 4 * sum(sizes) == sent
+    near = dataclasses.replace(CAUSAL, mask="window:8", length=128)
+    assert programs.transfers(near, dataclasses.replace(way, layout="contiguous"), "forward", cases.mesh(4)) is not None
+    alone = dataclasses.replace(CAUSAL, mask="window:1")
+    assert programs.transfers(alone, way, "forward", cases.mesh(4)) is None
+
+
 @pytest.mark.parametrize("layout", ["striped", "zigzag", "contiguous"])
 def test_shares_are_what_the_devices_of_a_ring_do(layout):
     """With the same K and V on every device, a share's results are those of a real ring's device."""
-    ring_size, length = 4, 32
+    ring_size, length = 2, 32
     way = Way("ring", layout, "auto", ring_size, share=True)
     work = dataclasses.replace(CAUSAL, length=ring_size * length)
     q, k, v, dout = (x[:, :length] for x in workload.inputs(work))

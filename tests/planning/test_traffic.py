@@ -45,10 +45,10 @@ def test_bytes_are_those_of_the_program(layout, ring_size, window, v_dim, dtype)
 
 
 def test_a_ring_of_eight():
-    """64 tokens a device, 2 heads of 8 + 4 numbers: 7 rotations forward; 7 and 8 of the sums backward."""
+    """64 tokens a device, 2 heads of 8 + 4 numbers: 7 rotations forward; 7, and 7 of the sums, backward."""
     found = Traffic.of("striped", 8, 512, kv_heads=2, head_dim=8, v_dim=4)
     assert found == Traffic(rotations=7, kv=64 * 2 * 12 * 2, sums=64 * 2 * 12 * 4)
-    assert (found.forward, found.backward) == (7 * found.kv, 7 * found.kv + 8 * found.sums)
+    assert (found.forward, found.backward) == (7 * found.kv, 7 * (found.kv + found.sums))
 
 
 def test_a_window_sends_less():
