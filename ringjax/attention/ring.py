@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ringjax.attention import hop, patterns
 from ringjax.attention.hop import INTERVAL, Case, Cases
-from ringjax.attention.kernels.base import Gradients, Kernels, Score, accumulator, varying_like
+from ringjax.attention.kernels.base import Gradients, Kernels, Score, accumulator, target, varying_like
 from ringjax.attention.layouts import Layout
 from ringjax.attention.merge import Partial, empty
 
@@ -92,9 +92,9 @@ class Ring:
             dtype = None if self.unroll and partial is None else wide
             return self._rotate(visiting, step), attend(visiting, partial, offset, dtype)
 
-        carry = wire.packed, None
+        carry = wire.pack(k, v), None
         if last > 0 and not self.unroll:
-            carry = wire.packed, varying_like(empty(*q.shape[:3], v.shape[-1], wide), q, k, v, start, stop)
+            carry = wire.pack(k, v), varying_like(empty(*q.shape[:3], v.shape[-1], wide), q, k, v, start, stop)
         visiting, partial = self._hops(move_and_attend, carry, 0, last)
         return attend(visiting, partial, self.offsets[last], q.dtype)
 
@@ -110,27 +110,28 @@ class Ring:
             return hop.backward(cases, kernels, score, dq, *inputs, *slots, dtype)
 
         if last == 0:
-            return attend(wire.packed, None, self.offsets[0], q.dtype)
+            return attend(wire.pack(k, v), None, self.offsets[0], q.dtype)
 
-        def pack(grads):
-            return Wire.of(grads.dk.astype(wide), grads.dv.astype(wide)).packed
+        def add(summed, grads):
+            here = wire.pack(grads.dk.astype(wide), grads.dv.astype(wide))
+            return here if summed is None else jax.tree.map(jnp.add, summed, here)
 
         def visit(carry, offset, step, step_before):
             visiting, dq, summed = carry
             arriving = None if step is None else self._rotate(visiting, step)
             summed = None if step_before is None else self._rotate(summed, step_before)
             grads = attend(visiting, dq, offset, None if self.unroll and dq is None else wide)
-            return arriving, grads.dq, pack(grads) if summed is None else summed + pack(grads)
+            return arriving, grads.dq, add(summed, grads)
 
-        carry = self._rotate(wire.packed, self._step(0)), None, None
+        carry = self._rotate(wire.pack(k, v), self._step(0)), None, None
         if last > 1:
-            carry = visit(carry, self.offsets[1], self._step(1), None)
+            carry = _finish(visit(carry, self.offsets[1], self._step(1), None))
             carry = self._hops(visit, carry, 2, last)
         _, dq, summed = visit(carry, self.offsets[last], None, self._step(last - 1) if last > 1 else None)
         # The sums are on their way home while the device attends to its own keys.
         summed = self._rotate(summed, -self.offsets[last])
-        own = attend(wire.packed, dq, self.offsets[0], q.dtype)
-        return Gradients(own.dq, *wire.unpack(summed + pack(own)))
+        own = attend(wire.pack(k, v), dq, self.offsets[0], q.dtype)
+        return Gradients(own.dq, *wire.unpack(add(summed, own)))
 
     def _hops(self, visit: Callable, carry, first: int, last: int):
         """`visit(carry, offset, step to the next offset, step from the one before)` for the hops first … last − 1."""
@@ -138,7 +139,7 @@ class Ring:
             return carry
         if self.unroll:
             for i in range(first, last):
-                carry = visit(carry, self.offsets[i], self._step(i), self._step(i - 1) if i else None)
+                carry = _finish(visit(carry, self.offsets[i], self._step(i), self._step(i - 1) if i else None))
             return carry
         hops = jnp.arange(first, last, dtype=jnp.int32)  # a scan is for uniform offsets: every step is 1
         return lax.scan(lambda carry, offset: (visit(carry, offset, 1, 1), None), carry, hops)[0]
@@ -238,21 +239,37 @@ class Mask:
 
 @dataclasses.dataclass(frozen=True)
 class Wire:
-    """K and V as one array, so that a hop is one transfer: stacked, or side by side if their head sizes differ."""
+    """What travels in a hop: K and V, or the sums of their gradients.
 
-    packed: Array
+    Two arrays where devices have fast links, since kernels read what arrives as it is. One on simulated devices, where
+    a message costs more than a copy: stacked, or side by side if the head sizes differ.
+    """
+
+    joined: bool
     head_dims: tuple[int, int]
 
     @classmethod
     def of(cls, k: Float[Array, "B S K H"], v: Float[Array, "B S K Hv"]) -> "Wire":
-        head_dims = (k.shape[-1], v.shape[-1])
-        packed = jnp.stack([k, v]) if head_dims[0] == head_dims[1] else jnp.concatenate([k, v], axis=-1)
-        return cls(packed, head_dims)
+        return cls(target().platform == "cpu", (k.shape[-1], v.shape[-1]))
 
-    def unpack(self, packed: Array) -> tuple[Array, Array]:
-        if self.head_dims[0] == self.head_dims[1]:
+    def pack(self, k: Array, v: Array) -> Array | tuple[Array, Array]:
+        if not self.joined:
+            return k, v
+        return jnp.stack([k, v]) if self.head_dims[0] == self.head_dims[1] else jnp.concatenate([k, v], axis=-1)
+
+    def unpack(self, packed: Array | tuple[Array, Array]) -> tuple[Array, Array]:
+        if not self.joined or self.head_dims[0] == self.head_dims[1]:
             return packed[0], packed[1]
         return packed[..., : self.head_dims[0]], packed[..., self.head_dims[0] :]
+
+
+def _finish(carry):
+    """Ends an unrolled hop: what it computes and what arrives meanwhile are done before the next begins, as in a scan.
+
+    Without it XLA's scheduler for TPUs mixes hops: some rotations have nothing to hide behind then, and twice the
+    memory is held (docs/results/tpu_overlap.md).
+    """
+    return lax.optimization_barrier(carry)
 
 
 def _group_offsets(devices: list[int], size: int, width: int) -> list[int]:
