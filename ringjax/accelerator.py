@@ -1,31 +1,55 @@
 """What the command line sets for GPUs before JAX starts. What the user has set stays as it is.
 
-JAX leaves a quarter of a GPU's memory alone unless told otherwise, for programs that share it; a training run has it
-to itself. XLA's scheduler that hides collectives behind compute is on by default, so no flag is set for it: in the
-program that jax 0.11.2 compiles for a training step on two GPUs, every rotation of the ring has compute inside.
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.94
+        JAX leaves a quarter of a GPU's memory alone otherwise, for programs that share it; a training run has it to
+        itself.
+    XLA_FLAGS --xla_gpu_experimental_parallel_collective_overlap_limit=4
+        XLA lets one collective run beside the compute, and waits for every other one that is due meanwhile. A ring's
+        backward pass has two under way, K and V and the sums of their gradients: of its 6 rotations in a ring of 4,
+        2 were waited for, and only the first with the limit at 4 (`scripts/gpu_overlap.py`, docs/results).
+
+XLA's scheduler that hides collectives behind compute is on by default. In a program of your own call `prepare` before
+the first use of JAX.
 """
 
+import importlib.metadata
 import os
 
-SETTINGS = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94"}
-_ALSO = "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_CLIENT_MEM_FRACTION"
+MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+FRACTION = "0.94"
+_OTHER_MEMORY = "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_CLIENT_MEM_FRACTION"
+OVERLAP = "--xla_gpu_experimental_parallel_collective_overlap_limit"
+IN_FLIGHT = 4
+# XLA ends the process at a flag that it doesn't know; this one was tried with jaxlib 0.10.2, 0.11.2 and 0.12.0.
+_KNOWS_OVERLAP = (0, 10, 2), (0, 13)
 
-_set: dict[str, str] = {}
+_set: set[str] = set()
 
 
 def prepare() -> None:
     """Set what is not set; call before JAX's first use. It changes nothing on other devices."""
-    if any(name in os.environ for name in (*SETTINGS, *_ALSO)):
-        return  # the user manages the memory
-    for name, value in SETTINGS.items():
-        os.environ[name] = _set[name] = value
+    if not any(name in os.environ for name in (MEMORY, *_OTHER_MEMORY)):  # else the user manages the memory
+        os.environ[MEMORY] = FRACTION
+        _set.add(MEMORY)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if OVERLAP not in flags and _jaxlib_knows_overlap():
+        os.environ["XLA_FLAGS"] = f"{flags} {OVERLAP}={IN_FLIGHT}".strip()
+        _set.add(OVERLAP)
 
 
 def said() -> list[str]:
     """For people: what was set and by whom, a line each."""
-    lines = []
-    for name in SETTINGS:
-        value = os.environ.get(name)
-        who = "set by ringjax" if name in _set else "not set" if value is None else "yours"
-        lines.append(f"{name}={value} ({who})" if value is not None else f"{name}: {who}")
-    return lines
+    flag = next((flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.startswith(OVERLAP)), None)
+    return [_said(MEMORY, os.environ.get(MEMORY)), _said(OVERLAP, None if flag is None else flag.partition("=")[2])]
+
+
+def _said(name: str, value: str | None) -> str:
+    if value is None:
+        return f"{name}: not set"
+    return f"{name}={value} ({'set by ringjax' if name in _set else 'yours'})"
+
+
+def _jaxlib_knows_overlap() -> bool:
+    first, beyond = _KNOWS_OVERLAP
+    digits = importlib.metadata.version("jaxlib").split(".")[:3]
+    return all(part.isdigit() for part in digits) and first <= tuple(map(int, digits)) < beyond

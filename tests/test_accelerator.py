@@ -1,30 +1,50 @@
 """What is set for GPUs, and what the user has set."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from ringjax import accelerator
+from ringjax.accelerator import MEMORY, OVERLAP
 
 
 @pytest.fixture
 def clean(monkeypatch):
-    for name in (*accelerator.SETTINGS, *accelerator._ALSO):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(accelerator, "_set", {})
+    for name in (MEMORY, *accelerator._OTHER_MEMORY, "XLA_FLAGS"):
+        monkeypatch.setenv(name, "")  # so that what a test sets is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(accelerator, "_set", set())
     return monkeypatch
 
 
 def test_sets_what_is_not_set_and_says_so(clean):
-    clean.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "x")  # so that monkeypatch restores it
-    clean.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
-    assert accelerator.said() == ["XLA_PYTHON_CLIENT_MEM_FRACTION: not set"]
+    assert accelerator.said() == [f"{MEMORY}: not set", f"{OVERLAP}: not set"]
+    clean.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
     accelerator.prepare()
-    assert accelerator.said() == ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.94 (set by ringjax)"]
+    assert accelerator.said() == [f"{MEMORY}=0.94 (set by ringjax)", f"{OVERLAP}=4 (set by ringjax)"]
+    assert os.environ["XLA_FLAGS"] == f"--xla_gpu_autotune_level=0 {OVERLAP}=4"
 
 
-@pytest.mark.parametrize("name", [*accelerator.SETTINGS, *accelerator._ALSO])
+@pytest.mark.parametrize("name", [MEMORY, *accelerator._OTHER_MEMORY])
 def test_the_users_own_settings_stay(clean, name):
     clean.setenv(name, "0.5")
+    clean.setenv("XLA_FLAGS", f"{OVERLAP}=2")
     accelerator.prepare()
-    assert not accelerator._set
-    expected = "=0.5 (yours)" if name in accelerator.SETTINGS else ": not set"
-    assert accelerator.said() == [f"XLA_PYTHON_CLIENT_MEM_FRACTION{expected}"]
+    assert not accelerator._set and os.environ["XLA_FLAGS"] == f"{OVERLAP}=2"
+    memory = f"{MEMORY}=0.5 (yours)" if name == MEMORY else f"{MEMORY}: not set"
+    assert accelerator.said() == [memory, f"{OVERLAP}=2 (yours)"]
+
+
+def test_a_jaxlib_that_was_not_tried_gets_no_flag(clean):
+    clean.setattr(accelerator.importlib.metadata, "version", lambda name: "0.13.0")
+    accelerator.prepare()
+    assert "XLA_FLAGS" not in os.environ
+
+
+def test_xla_knows_the_flag(clean):
+    """It would end the process if it did not."""
+    accelerator.prepare()
+    code = "import jax; jax.config.update('jax_platforms', 'cpu'); print(jax.jit(lambda x: x + 1)(1))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "2"

@@ -17,6 +17,8 @@ home while the device attends to its own:
 """
 
 import dataclasses
+import os
+import re
 from collections.abc import Callable
 
 import jax
@@ -241,8 +243,9 @@ class Mask:
 class Wire:
     """What travels in a hop: K and V, or the sums of their gradients.
 
-    Two arrays where devices have fast links, since kernels read what arrives as it is. One on simulated devices, where
-    a message costs more than a copy: stacked, or side by side if the head sizes differ.
+    Two arrays where both can be under way at once, since kernels read what arrives as it is. Elsewhere one, stacked or
+    side by side if the head sizes differ: on simulated devices a message costs more than a copy, and XLA hides one
+    collective of a GPU at a time unless told otherwise (`ringjax.accelerator`).
     """
 
     joined: bool
@@ -250,7 +253,8 @@ class Wire:
 
     @classmethod
     def of(cls, k: Float[Array, "B S K H"], v: Float[Array, "B S K Hv"]) -> "Wire":
-        return cls(target().platform == "cpu", (k.shape[-1], v.shape[-1]))
+        several = {"tpu": True, "gpu": _several_in_flight()}.get(target().platform, False)
+        return cls(not several, (k.shape[-1], v.shape[-1]))
 
     def pack(self, k: Array, v: Array) -> Array | tuple[Array, Array]:
         if not self.joined:
@@ -261,6 +265,11 @@ class Wire:
         if not self.joined or self.head_dims[0] == self.head_dims[1]:
             return packed[0], packed[1]
         return packed[..., : self.head_dims[0]], packed[..., self.head_dims[0] :]
+
+
+def _several_in_flight() -> bool:
+    limit = re.search(r"parallel_collective_overlap_limit=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return limit is not None and int(limit[1]) >= 4  # K, V, and the sums for each
 
 
 def _finish(carry):
