@@ -1,15 +1,19 @@
 """cuDNN needs a GPU; what can be tested without one: the private interface it relies on, and what it refuses."""
 
+import dataclasses
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
 import ringjax as rj
-from ringjax.attention import validate
+from ringjax.attention import kernels, validate
 from ringjax.attention.kernels import cudnn
+from tests.attention import cases
 
 SHAPE = jax.ShapeDtypeStruct((1, 256, 8, 128), jnp.bfloat16)
 KEYS = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
@@ -64,3 +68,19 @@ def test_a_machine_without_a_gpu_says_so():
     q = jnp.zeros((1, 16, 1, 8), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="backend 'cudnn' .* needs an NVIDIA GPU, not a cpu"):
         rj.attention(q, q, q, backend="cudnn")
+
+
+def test_no_empty_array_is_carried_out_of_a_loop(monkeypatch):
+    """The compiler crashes on an empty argument of a shard_map, which is where constants of a scan's body end up."""
+    monkeypatch.setitem(kernels.KERNELS, "cudnn", dataclasses.replace(cudnn.KERNEL, unavailable=lambda: None))
+    mesh = cases.mesh(2)
+
+    def loss(q, k, v, behind):
+        reach = rj.Reach(behind, 0 * behind)
+        layer = lambda x, _: (rj.sharded_attention(x, k, v, mesh=mesh, reach=reach), None)  # noqa: E731
+        return lax.scan(layer, q, length=2)[0].astype(jnp.float32).sum()
+
+    behind = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    lowered = jax.jit(jax.grad(loss)).trace(SHAPE, KEYS, KEYS, behind).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in lowered
+    assert not re.search(r"%arg\d+: tensor<0x", lowered)

@@ -72,7 +72,9 @@ def _primitives():
 
 def _operands(q, k, v) -> tuple[Array, ...]:
     """Queries, keys, values, and nothing for bias, lengths, offsets and page tables."""
-    nothing = jnp.zeros((0,), q.dtype)
+    # Taken from q so that no transformation carries an empty array out of a loop or a shard_map: on such an argument
+    # the compiler crashes (Shardy's canonicalizer, jax 0.11.2).
+    nothing = q[0, 0, 0, :0]
     return q, k, v, *[nothing] * 7
 
 
