@@ -11,9 +11,10 @@ transfer is two of them, `collective-permute-start` and `-done`; the core is fre
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -25,6 +26,9 @@ ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 SCOPE = re.compile(r'op_name="([^"]*)"')
 COMPUTES = ("dot", "convolution")
+MOVES = ("copy", "copy-start", "transpose", "slice", "dynamic-slice", "pad", "concatenate")
+FREE = ("parameter", "constant", "bitcast", "reshape", "tuple", "get-tuple-element")
+FAST_MEMORY = re.compile(r"S\(1\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +143,31 @@ class Program:
         if instruction.is_pallas or instruction.operation in COMPUTES:
             return True
         return any(self._computes(name) for name in instruction.called)
+
+    def copied(self, dtype: str, elements: Collection[int]) -> int:
+        """The bytes that one run writes to memory without computing anything: arrays of `dtype` and one of the numbers of
+        `elements`, copied, sliced out of another or laid out anew, alone or in a fusion of nothing else.
+
+        Moves into fast memory and back are not counted: the kernel that finds its operand there saves as much.
+        """
+        fused, total = self._fused(), 0
+        for name, times in self.executed():
+            for instruction in () if name in fused else filter(self._moves, self.computations[name]):
+                written = arrays(instruction.type)[: 1 if instruction.operation == "copy-start" else None]
+                total += times * sum(size(*x) for x in written if x[0] == dtype and math.prod(x[1]) in elements)
+        return total
+
+    def _moves(self, instruction: Instruction) -> bool:
+        if instruction.operation == "copy-start":
+            return not FAST_MEMORY.search(instruction.type)
+        if instruction.operation != "fusion":
+            return instruction.operation in MOVES
+        inside = [line.operation for name in instruction.called for line in self.computations[name]]
+        return set(inside) <= {*MOVES, *FREE}
+
+    def _fused(self) -> set[str]:
+        lines = itertools.chain.from_iterable(self.computations.values())
+        return {name for line in lines if line.operation == "fusion" for name in line.called}
 
     def _computes(self, name: str) -> bool:
         return any(self.computes(instruction) for instruction in self.computations[name])
