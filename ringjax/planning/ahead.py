@@ -46,19 +46,24 @@ def ring_program(
     mesh: Mesh, *, seq_len: int, heads: int, kv_heads: int, head_dim: int = 128, batch: int = 1, dtype="bfloat16",
     backward: bool = False, **options,
 ) -> jax.stages.Lowered:  # fmt: skip
-    """Ring attention over `mesh`, ready to `.compile()`: the forward pass, or `backward` it and the gradients.
+    """Ring attention over `mesh` and the projection of its output, ready to `.compile()`: the forward pass, or `backward`
+    it and the gradients. `options` are those of `rj.sharded_attention`.
 
-    `options` are those of `rj.sharded_attention`.
+    The projection is there because attention is never alone: the first rotation of the backward pass needs no gradient,
+    so it hides behind what comes before.
     """
-    place = NamedSharding(mesh, P(None, "sp"))
-    q, k = (
-        jax.ShapeDtypeStruct((batch, seq_len, n, head_dim), jnp.dtype(dtype), sharding=place) for n in (heads, kv_heads)
-    )
+    shape = lambda *dims, spec: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))  # noqa: E731
+    q, k = (shape(batch, seq_len, n, head_dim, spec=P(None, "sp")) for n in (heads, kv_heads))
+    width = heads * head_dim
+    weights, stream = shape(heads, head_dim, width, spec=P()), shape(batch, seq_len, width, spec=P(None, "sp"))
 
-    def attend(q, k, v):
-        return rj.sharded_attention(q, k, v, mesh=mesh, **options)
+    def layer(q, k, v, weights):
+        return jnp.einsum("btnh,nhd->btd", rj.sharded_attention(q, k, v, mesh=mesh, **options), weights)
 
-    def attend_and_differentiate(q, k, v, dout):
-        return jax.vjp(attend, q, k, v)[1](dout)
+    def layer_and_gradients(q, k, v, weights, dout):
+        out, pull = jax.vjp(layer, q, k, v, weights)
+        return out, *pull(dout)
 
-    return jax.jit(attend_and_differentiate).lower(q, k, k, q) if backward else jax.jit(attend).lower(q, k, k)
+    if backward:
+        return jax.jit(layer_and_gradients).lower(q, k, k, weights, stream)
+    return jax.jit(layer).lower(q, k, k, weights)

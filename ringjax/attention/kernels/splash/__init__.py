@@ -1,10 +1,10 @@
 """Fused attention for TPUs: Pallas kernels that visit only the blocks that the intervals of queries touch.
 
 Built on the idea of splash attention (jax.experimental.pallas.ops.tpu.splash_attention), sparse flash attention whose
-list of blocks is prefetched into scalar memory, and not on its code: that takes its list from a mask that is known when
-the program is traced, steps over the blocks it skips, masks those it need not, rounds dQ, dK and dV to the type of the
-inputs, and cannot be called where `shard_map` checks what varies. Here the list is computed from lo and hi (`visits.py`),
-and gradients leave in float32 (`passes.py`).
+list of blocks is prefetched into scalar memory, but not on its code. That takes its list from a mask that is known when
+the program is traced, steps over the blocks it skips, masks blocks that are seen whole, multiplies float32 as bfloat16,
+rounds dQ, dK and dV to the type of the inputs, and cannot be called where `shard_map` checks what varies. Here the list
+is computed from lo and hi (`visits.py`), and all results leave in float32 (`passes.py`).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from ringjax.attention.kernels import base
 from ringjax.attention.kernels.base import Gradients, Kernel, Score
 from ringjax.attention.kernels.splash import passes
-from ringjax.attention.kernels.splash.visits import Cut, Order, Visits, visits
+from ringjax.attention.kernels.splash.visits import Cut, Order, visits
 from ringjax.attention.merge import Partial
 
 # A visit is an int32 in scalar memory, of which a core has a megabyte, and the compiler keeps some for itself.

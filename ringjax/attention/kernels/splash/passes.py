@@ -141,7 +141,9 @@ def _backward_queries(order: Order, score: Score, codes, q, k, v, lse, dout, del
         dq[...] = summed[...].T
 
 
-def _backward_keys(order: Order, score: Score, codes, q, k, v, lse, dout, delta, lo, hi, dk, dv, dk_sum, dv_sum) -> None:
+def _backward_keys(
+    order: Order, score: Score, codes, q, k, v, lse, dout, delta, lo, hi, dk, dv, dk_sum, dv_sum
+) -> None:
     visit = Visit.of(order, codes, member=pl.program_id(2), members=pl.num_programs(2))
 
     @pl.when(visit.first)
