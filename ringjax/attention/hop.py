@@ -6,13 +6,14 @@ time whether its keys come from an earlier or a later shard, so the possible cas
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from ringjax.attention.kernels.base import Gradients, Kernels, Score, accumulator, varying_like
+from ringjax.attention.kernels.base import Gradients, Kernels, Score, accumulator, target, varying_like
 from ringjax.attention.merge import Partial, empty, merge
 from ringjax.attention.patterns import Pattern
 
@@ -39,47 +40,65 @@ class Cases:
             index = places[jnp.asarray(index, jnp.int32)]
         return cls(distinct, index)
 
-    def run(self, function, *arrays):
-        """`function(case, *arrays)` of the case that it is; the results vary over the mesh as the arrays do."""
-        branches = [
-            lambda *arrays, case=case: varying_like(function(case, *arrays), *arrays) for case in self.branches
-        ]
+    def run(self, function, arriving, *arrays):
+        """`function(case, arriving, *arrays) -> results, arriving` of the case that it is; the results vary over the
+        mesh as the arrays do."""
+
+        def branch(case, arriving, *arrays):
+            results, arriving = function(case, arriving, *arrays)
+            return varying_like(results, *arrays), arriving
+
         with jax.named_scope("ring/attend"):
-            if len(branches) == 1:
-                return branches[0](*arrays)
-            # Only the compute is conditional: all devices must reach every rotation.
-            return lax.switch(jnp.asarray(self.index, jnp.int32), branches, *arrays)
+            if len(self.branches) == 1:
+                return branch(self.branches[0], arriving, *arrays)
+            # Only the compute is conditional: all devices must reach every rotation, and it must not be awaited first.
+            branches = [lambda *arrays, case=case: branch(case, None, *arrays)[0] for case in self.branches]
+            results = lax.switch(jnp.asarray(self.index, jnp.int32), branches, *arrays)
+            return _together(results, arriving)
+
+
+def _together(results, arriving):
+    """Both, when both are there: what comes after them (merging, adding up) begins then.
+
+    XLA's scheduler for TPUs starts a transfer as late as it thinks it may, and takes each message to have the links to
+    itself. Without this it hides K and V behind the merge on v5p and v6e, which is shorter than the two of them, and
+    leaves nothing between their start and end but that (docs/results/tpu_overlap.md).
+    """
+    if arriving is None or target().platform != "tpu":
+        return results, arriving
+    return lax.optimization_barrier((results, arriving))
 
 
 def forward(
-    cases: Cases, kernels: Kernels, score: Score, partial: Partial | None, q, k, v, lo, hi, dtype
-) -> Partial:
+    cases: Cases, kernels: Kernels, score: Score, partial: Partial | None, q, k, v, lo, hi, dtype, arriving=None
+) -> tuple[Partial, Any]:
     """`partial` (None: nothing yet) merged with attention to the visiting k and v; its out has type `dtype` (None: as
-    the kernels give it)."""
+    the kernels give it). And `arriving`, what is on its way meanwhile, when it is here (`_together`)."""
     _require(kernels, cases)
     if dtype is None and len(cases.branches) > 1:
         dtype = q.dtype if kernels.fused else accumulator(q, k, v)
 
-    def attend(case: Case, partial, q, k, v, lo, hi):
+    def attend(case: Case, arriving, partial, q, k, v, lo, hi):
         seen = None
         if case == INTERVAL:
             seen = Partial(*kernels.interval.forward(q, k, v, lo, hi, score))
         elif case is not None:
             part = case.rows(q, 1), case.columns(k, 1), case.columns(v, 1)
             seen = Partial(*kernels.dense.dense.forward(*part, case.causal, score))
+        seen, arriving = _together(seen, arriving)
         with jax.named_scope("ring/merge"):
             out, lse = _merge_rows(partial, seen, case, lambda: empty(*q.shape[:3], v.shape[-1], accumulator(q)))
-        return Partial(out if dtype is None else out.astype(dtype), lse)
+        return Partial(out if dtype is None else out.astype(dtype), lse), arriving
 
-    return cases.run(attend, partial, q, k, v, lo, hi)
+    return cases.run(attend, arriving, partial, q, k, v, lo, hi)
 
 
 def backward(
-    cases: Cases, kernels: Kernels, score: Score, dq, q, k, v, out, lse, dout, delta, lo, hi, dtype
-) -> Gradients:
+    cases: Cases, kernels: Kernels, score: Score, dq, q, k, v, out, lse, dout, delta, lo, hi, dtype, arriving=None
+) -> tuple[Gradients, Any]:
     """dq (None: nothing yet) with what the visiting k and v add to it, and the gradients of these k and v.
 
-    dq is returned in `dtype` (None: as the kernels give it).
+    dq is returned in `dtype` (None: as the kernels give it). `arriving` as in `forward`.
     """
     _require(kernels, cases)
     wide = accumulator(q, k, v)
@@ -88,29 +107,32 @@ def backward(
         kv_dtype = k.dtype if kernels.fused else wide
         dtype = kv_dtype if dtype is None else dtype
 
-    def differentiate(case: Case, dq, q, k, v, out, lse, dout, delta, lo, hi):
+    def differentiate(case: Case, arriving, dq, q, k, v, out, lse, dout, delta, lo, hi):
         if case is None:
             dq = jnp.zeros(q.shape, wide) if dq is None else dq
             grads = Gradients(dq, jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
         elif case == INTERVAL:
             grads = kernels.interval.backward(q, k, v, out, lse, dout, delta, lo, hi, score)
+            grads, arriving = _together(grads, arriving)
             grads = grads if dq is None else grads._replace(dq=dq.astype(wide) + grads.dq)
         else:
             queries = (case.rows(x, axis) for x, axis in ((out, 1), (lse, 2), (dout, 1), (delta, 2)))
             part = case.rows(q, 1), case.columns(k, 1), case.columns(v, 1)
             grads = kernels.dense.dense.backward(*part, *queries, case.causal, score)
+            grads, arriving = _together(grads, arriving)
             if dq is None:
                 dq = _spread(grads.dq, case.queries, q)
             else:
                 dq = _add_part(dq, grads.dq.astype(wide), case.queries)
             grads = Gradients(dq, *(_spread(x, case.keys, k) for x in grads[1:]))
         dq_sum, dk, dv = grads
-        return Gradients(
+        grads = Gradients(
             dq_sum if dtype is None else dq_sum.astype(dtype),
             *(x if kv_dtype is None else x.astype(kv_dtype) for x in (dk, dv)),
         )
+        return grads, arriving
 
-    return cases.run(differentiate, dq, q, k, v, out, lse, dout, delta, lo, hi)
+    return cases.run(differentiate, arriving, dq, q, k, v, out, lse, dout, delta, lo, hi)
 
 
 def _merge_rows(partial: Partial | None, seen: Partial | None, case: Case, nothing) -> Partial:

@@ -84,21 +84,22 @@ class Ring:
         last = len(self.offsets) - 1
         mask = self._mask(kernels, q, k, start, stop)
 
-        def attend(visiting, partial, offset, dtype):
+        def attend(visiting, partial, offset, dtype, arriving=None):
             cases, slots = mask.cases(offset, forward=True), mask.slots(offset)
-            return hop.forward(cases, kernels, score, partial, q, *wire.unpack(visiting), *slots, dtype)
+            return hop.forward(cases, kernels, score, partial, q, *wire.unpack(visiting), *slots, dtype, arriving)
 
         def move_and_attend(carry, offset, step, _):
             visiting, partial = carry
             # Unrolled, the first result is taken as the kernel gives it; a scan carries one type.
             dtype = None if self.unroll and partial is None else wide
-            return self._rotate(visiting, step), attend(visiting, partial, offset, dtype)
+            partial, arriving = attend(visiting, partial, offset, dtype, self._rotate(visiting, step))
+            return arriving, partial
 
         carry = wire.pack(k, v), None
         if last > 0 and not self.unroll:
             carry = wire.pack(k, v), varying_like(empty(*q.shape[:3], v.shape[-1], wide), q, k, v, start, stop)
         visiting, partial = self._hops(move_and_attend, carry, 0, last)
-        return attend(visiting, partial, self.offsets[last], q.dtype)
+        return attend(visiting, partial, self.offsets[last], q.dtype)[0]
 
     def backward(self, kernels: Kernels, score: Score, q, k, v, out, lse, dout, delta, start, stop) -> Gradients:
         """Gradients of the local q (in its type), k and v (float32), from the local queries' merged out and lse."""
@@ -106,13 +107,13 @@ class Ring:
         last = len(self.offsets) - 1
         mask = self._mask(kernels, q, k, start, stop)
 
-        def attend(visiting, dq, offset, dtype):
+        def attend(visiting, dq, offset, dtype, arriving=None):
             cases, slots = mask.cases(offset, forward=False), mask.slots(offset)
             inputs = (q, *wire.unpack(visiting), out, lse, dout, delta)
-            return hop.backward(cases, kernels, score, dq, *inputs, *slots, dtype)
+            return hop.backward(cases, kernels, score, dq, *inputs, *slots, dtype, arriving)
 
         if last == 0:
-            return attend(wire.pack(k, v), None, self.offsets[0], q.dtype)
+            return attend(wire.pack(k, v), None, self.offsets[0], q.dtype)[0]
 
         def add(summed, grads):
             here = wire.pack(grads.dk.astype(wide), grads.dv.astype(wide))
@@ -122,7 +123,8 @@ class Ring:
             visiting, dq, summed = carry
             arriving = None if step is None else self._rotate(visiting, step)
             summed = None if step_before is None else self._rotate(summed, step_before)
-            grads = attend(visiting, dq, offset, None if self.unroll and dq is None else wide)
+            dtype = None if self.unroll and dq is None else wide
+            grads, (arriving, summed) = attend(visiting, dq, offset, dtype, (arriving, summed))
             return arriving, grads.dq, add(summed, grads)
 
         carry = self._rotate(wire.pack(k, v), self._step(0)), None, None
@@ -132,7 +134,7 @@ class Ring:
         _, dq, summed = visit(carry, self.offsets[last], None, self._step(last - 1) if last > 1 else None)
         # The sums are on their way home while the device attends to its own keys.
         summed = self._rotate(summed, -self.offsets[last])
-        own = attend(wire.pack(k, v), dq, self.offsets[0], q.dtype)
+        own, summed = attend(wire.pack(k, v), dq, self.offsets[0], q.dtype, summed)
         return Gradients(own.dq, *wire.unpack(add(summed, own)))
 
     def _hops(self, visit: Callable, carry, first: int, last: int):

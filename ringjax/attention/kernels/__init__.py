@@ -4,13 +4,13 @@ import difflib
 import functools
 import logging
 
-from ringjax.attention.kernels import cudnn, mosaic, reference, xla
+from ringjax.attention.kernels import cudnn, mosaic, reference, splash, xla
 from ringjax.attention.kernels.base import Kernel, Kernels, Score
 
 logger = logging.getLogger(__name__)
 
 # The fastest first.
-_ALL = cudnn.KERNEL, mosaic.KERNEL, xla.KERNEL, reference.KERNEL
+_ALL = cudnn.KERNEL, mosaic.KERNEL, splash.KERNEL, xla.KERNEL, reference.KERNEL
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _ALL}
 
 

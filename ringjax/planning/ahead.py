@@ -1,0 +1,69 @@
+"""Compiling for a TPU slice on a machine without one: needs libtpu (`pip install ringjax[tpu]`), not a TPU.
+
+    mesh = slice_mesh("v5e:2x4")
+    compiled = ring_program(mesh, seq_len=65536, heads=16, kv_heads=8).compile()
+    compiled.memory_analysis()                       # bytes on each chip
+    hlo.Program(compiled.as_text()).transfers()      # what each rotation is hidden behind
+"""
+
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ringjax as rj
+
+# libtpu otherwise looks for a TPU's metadata, which takes minutes to fail, and locks out other processes.
+QUIET = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+
+
+def slice_mesh(topology: str) -> Mesh:
+    """The chips of a slice such as 'v5e:2x4', 'v5p:2x2x2' or 'v6e:2x4' in a ring, along the mesh axis 'sp'.
+
+    They are descriptions: programs can be compiled for them, not run. Raises ModuleNotFoundError without libtpu.
+    """
+    from jax.experimental import mesh_utils, topologies
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError("compiling for TPU needs libtpu; pip install 'ringjax[tpu]'", name="libtpu")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return Mesh(mesh_utils.create_device_mesh((len(devices),), devices=devices), ("sp",))
+
+
+def ring_program(
+    mesh: Mesh, *, seq_len: int, heads: int, kv_heads: int, head_dim: int = 128, batch: int = 1, dtype="bfloat16",
+    backward: bool = False, **options,
+) -> jax.stages.Lowered:  # fmt: skip
+    """Ring attention over `mesh` and the projection of its output, ready to `.compile()`: the forward pass, or `backward`
+    it and the gradients. `options` are those of `rj.sharded_attention`.
+
+    The projection is there because attention is never alone: the first rotation of the backward pass needs no gradient,
+    so it hides behind what comes before.
+    """
+    shape = lambda *dims, spec: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))  # noqa: E731
+    q, k = (shape(batch, seq_len, n, head_dim, spec=P(None, "sp")) for n in (heads, kv_heads))
+    width = heads * head_dim
+    weights, stream = shape(heads, head_dim, width, spec=P()), shape(batch, seq_len, width, spec=P(None, "sp"))
+
+    def layer(q, k, v, weights):
+        return jnp.einsum("btnh,nhd->btd", rj.sharded_attention(q, k, v, mesh=mesh, **options), weights)
+
+    def layer_and_gradients(q, k, v, weights, dout):
+        out, pull = jax.vjp(layer, q, k, v, weights)
+        return out, *pull(dout)
+
+    if backward:
+        return jax.jit(layer_and_gradients).lower(q, k, k, weights, stream)
+    return jax.jit(layer).lower(q, k, k, weights)

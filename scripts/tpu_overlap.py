@@ -1,0 +1,65 @@
+"""Compiles the ring for TPU slices and says what each rotation is hidden behind; needs libtpu, not a TPU.
+
+    python scripts/tpu_overlap.py [--slices v5e:2x4 v5p:2x2x2 v6e:2x4] [--backends splash xla] [--seq-len 65536]
+
+Prints the table of docs/results/tpu_overlap.md. 'fwd' is the forward pass, 'fwd+bwd' that and the gradients.
+"""
+
+import argparse
+import importlib.metadata
+import itertools
+import time
+
+from ringjax.planning import ahead, hlo
+
+MESSAGES = 2  # K and V, dK and dV
+HEADER = """\
+| slice | backend | pass | hops | rotations of K, V | of dK, dV | exposed | copies a hop | temporary | ÷ K, V | compile |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def measure(topology: str, backend: str, backward: bool, unroll: bool, arguments) -> str:
+    mesh = ahead.slice_mesh(topology)
+    heads, kv_heads = arguments.heads
+    slots, ring_size = arguments.seq_len // mesh.size, mesh.size
+    program = ahead.ring_program(
+        mesh, seq_len=arguments.seq_len, heads=heads, kv_heads=kv_heads, head_dim=arguments.head_dim, backward=backward,
+        backend=backend, unroll=unroll, layout=arguments.layout,
+    )  # fmt: skip
+    start = time.perf_counter()
+    compiled = program.compile()
+    seconds = time.perf_counter() - start
+    read = hlo.Program(compiled.as_text())
+    transfers = read.transfers()
+    messages = sum(transfer.times for transfer in transfers)
+    sums = ring_size - 1 if backward else 0
+    exposed = sum(transfer.times for transfer in transfers if not transfer.hidden)
+    hops = (2 if backward else 1) * ring_size
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    elements = slots * kv_heads * arguments.head_dim
+    shard = 2 * 2 * elements
+    copies = read.copied("bf16", (elements, 2 * elements)) / shard
+    return (
+        f"| {topology} | {backend} | {'fwd+bwd' if backward else 'fwd'} | {'unrolled' if unroll else 'scan'} "
+        f"| {messages / MESSAGES - sums:g} | {sums} | {exposed} | {copies / hops:.1f} | {temporary / 2**20:.0f} MiB "
+        f"| {temporary / shard:.1f} | {seconds:.0f} s |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slices", nargs="+", default=("v5e:2x4", "v5p:2x2x2", "v6e:2x4"))
+    parser.add_argument("--backends", nargs="+", default=("splash", "xla"))
+    parser.add_argument("--layout", default="striped")
+    parser.add_argument("--seq-len", type=int, default=65536)
+    parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), metavar=("N", "K"))
+    parser.add_argument("--head-dim", type=int, default=128)
+    arguments = parser.parse_args()
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
+    print(f"{versions}; {vars(arguments)}\n\n{HEADER}")
+    for case in itertools.product(arguments.slices, arguments.backends, (False, True), (False, True)):
+        print(measure(*case, arguments), flush=True)
+
+
+if __name__ == "__main__":
+    main()
