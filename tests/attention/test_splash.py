@@ -122,7 +122,8 @@ def pairs(order: Order, lo, hi) -> list[tuple[int, int, int, bool]]:
     codes = np.asarray(found.codes)
     assert (codes[int(found.count) :] == codes[int(found.count) - 1]).all()
     codes = codes[: int(found.count)]
-    return [tuple(map(int, x)) for x in zip(order.row(codes), order.tile(codes), order.block(codes), order.whole(codes))]
+    fields = order.row(codes), order.tile(codes), order.block(codes), order.whole(codes)
+    return [tuple(map(int, visit)) for visit in zip(*fields)]
 
 
 def test_visits_are_those_of_the_drawing():
@@ -147,7 +148,7 @@ def test_visits_are_the_blocks_that_somebody_sees(by_keys):
         blocks = visible.reshape(2, 4, 128, 4, 128)
         some, every = blocks.any((2, 4)), blocks.all((2, 4))
         found = pairs(order(512, 512, by_keys), lo, hi)
-        assert {(row, tile, block) for row, tile, block, _ in found} == set(zip(*map(np.ndarray.tolist, some.nonzero())))
+        assert {(row, tile, block) for row, tile, block, _ in found} == set(map(tuple, np.argwhere(some).tolist()))
         assert all(every[row, tile, block] == whole for row, tile, block, whole in found), name
 
 
@@ -211,10 +212,8 @@ def test_ring(layout, unroll):
 
 
 def shapes(length=256, keys=256, head_dim=64, v_dim=64, dtype=jnp.bfloat16, batch=1):
-    return (
-        jax.ShapeDtypeStruct((batch, length, 4, head_dim), dtype), jax.ShapeDtypeStruct((batch, keys, 2, head_dim), dtype),
-        jax.ShapeDtypeStruct((batch, keys, 2, v_dim), dtype),
-    )  # fmt: skip
+    found = (batch, length, 4, head_dim), (batch, keys, 2, head_dim), (batch, keys, 2, v_dim)
+    return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in found)
 
 
 @pytest.mark.parametrize("options, reason", [
