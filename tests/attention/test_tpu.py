@@ -55,12 +55,11 @@ def test_forward_pass_for_v5e():
 @pytest.mark.parametrize("topology", SLICES)
 class TestForwardAndBackward:
     def test_every_rotation_is_behind_attention(self, topology, backend, unroll):
-        """Between start and done lies attention: its Pallas kernel, or its loop. The exception is what no attention of
-        the same call can hide, the first rotation of the backward pass: that waits for no gradient, so it is started
-        while the layers above have theirs."""
-        transfers = program(topology, backend, unroll).transfers()
-        others = [x for x in transfers if not behind_attention(x)]
-        assert sum(x.times for x in others) <= 2 and all((x.dtype, x.times) == ("bf16", 1) for x in others)
+        """Between start and done lies attention: its Pallas kernel, or its loop. But the backward pass has a rotation
+        more than hops: attention to a device's own keys hides the first of K and V or the way home of their gradients,
+        as XLA likes, and the other is left to what comes before or after. It waits for nothing in this layer."""
+        others = [x for x in program(topology, backend, unroll).transfers() if not behind_attention(x)]
+        assert [x.times for x in others] in ([], [1, 1]) and len({x.dtype for x in others}) < 2
 
     def test_rotations(self, topology, backend, unroll):
         """Of K and V in bfloat16 R − 1 forward and R − 1 backward, of their gradients in float32 R − 1."""
