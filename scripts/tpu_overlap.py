@@ -14,7 +14,7 @@ from ringjax.planning import ahead, hlo
 
 MESSAGES = 2  # K and V, dK and dV
 HEADER = """\
-| slice | backend | pass | hops | rotations of K, V | of dK, dV | exposed | copies a hop | temporary | ÷ K, V | compile |
+| slice | backend | pass | form | K, V rotate | dK, dV | exposed | copies a hop | temporary | ÷ K, V | compile |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 

@@ -46,8 +46,8 @@ def ring_program(
     mesh: Mesh, *, seq_len: int, heads: int, kv_heads: int, head_dim: int = 128, batch: int = 1, dtype="bfloat16",
     backward: bool = False, **options,
 ) -> jax.stages.Lowered:  # fmt: skip
-    """Ring attention over `mesh` and the projection of its output, ready to `.compile()`: the forward pass, or `backward`
-    it and the gradients. `options` are those of `rj.sharded_attention`.
+    """Ring attention over `mesh` and the projection of its output, ready to `.compile()`: the forward pass, or with
+    `backward` that and the gradients. `options` are those of `rj.sharded_attention`.
 
     The projection is there because attention is never alone: the first rotation of the backward pass needs no gradient,
     so it hides behind what comes before.

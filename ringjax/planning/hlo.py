@@ -145,7 +145,7 @@ class Program:
         return any(self._computes(name) for name in instruction.called)
 
     def copied(self, dtype: str, elements: Collection[int]) -> int:
-        """The bytes that one run writes to memory without computing anything: arrays of `dtype`, with one of the numbers
+        """The bytes that one run writes to memory without computing anything: arrays of `dtype` with one of the numbers
         of `elements`, copied, sliced out of another or laid out anew, alone or in a fusion of nothing else.
 
         Moves into fast memory and back are not counted: the kernel that finds its operand there saves as much.

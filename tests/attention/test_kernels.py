@@ -148,7 +148,7 @@ def test_auto_says_what_it_chose(caplog):
 
 def test_available_gives_reasons():
     found = kernels.available()
-    assert list(found) == ["cudnn", "mosaic", "xla", "reference"]
+    assert list(found) == ["cudnn", "mosaic", "splash", "xla", "reference"]
     assert found["xla"] is None and found["reference"] is None
     if jax.default_backend() == "cpu":
         assert found["cudnn"] == "needs an NVIDIA GPU, not a cpu"

@@ -5,7 +5,7 @@ import functools
 import logging
 
 from ringjax.attention.kernels import cudnn, mosaic, reference, splash, xla
-from ringjax.attention.kernels.base import Kernel, Kernels, Score
+from ringjax.attention.kernels.base import Kernel, Kernels, Score, target
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,18 @@ def choose(backend: str, q, k, v, score: Score) -> Kernels:
             serving.append(kernel)
         else:
             refused[name] = reason
+            if name == splash.KERNEL.name and target().platform == "tpu":
+                _warn(name, reason)
     interval = next(kernel for kernel in serving if kernel.forward)
     faster = serving[: serving.index(interval) + 1]
     chosen = Kernels(interval, next((kernel for kernel in faster if kernel.dense), None))
     _say(chosen, tuple(refused.items()), q.shape, k.shape, str(q.dtype))
     return chosen
+
+
+@functools.cache  # once for each reason
+def _warn(name: str, reason: str) -> None:
+    logger.warning("attention falls back from %r, the fastest backend here, to a slower one: %s", name, reason)
 
 
 @functools.cache  # once for each kind of call, not once for each layer

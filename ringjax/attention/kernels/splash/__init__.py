@@ -20,8 +20,10 @@ from ringjax.attention.kernels.splash import passes
 from ringjax.attention.kernels.splash.visits import Cut, Order, visits
 from ringjax.attention.merge import Partial
 
-# A visit is an int32 in scalar memory, of which a core has a megabyte, and the compiler keeps some for itself.
+# A visit is an int32 in scalar memory, of which a core has a megabyte and the compiler keeps some for itself. What lies
+# within both limits compiles for v5e, v5p and v6e (tests/attention/test_tpu.py).
 MOST_VISITS = 2**17
+MOST_HEAD_BYTES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +77,9 @@ class Splash:
         if q.dtype not in (jnp.bfloat16, jnp.float32):
             return f"dtype {q.dtype}; it takes bfloat16 and float32"
         for name, x in (("q and k", q), ("v", v)):
-            if x.shape[-1] % 8:
-                return f"head size {x.shape[-1]} of {name} is not a multiple of 8"
+            if x.shape[-1] % 8 or x.shape[-1] * x.dtype.itemsize > MOST_HEAD_BYTES:
+                most = MOST_HEAD_BYTES // x.dtype.itemsize
+                return f"head size {x.shape[-1]} of {name}; in {x.dtype} it takes multiples of 8 up to {most}"
         order = self._order(q, k)
         most = q.shape[0] * order.queries.count * order.keys.count
         if most > MOST_VISITS:
