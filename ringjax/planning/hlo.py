@@ -25,6 +25,7 @@ TRIPS = re.compile(r'known_trip_count\\?":\s*\{\\?"n\\?":\\?"(\d+)')
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 SCOPE = re.compile(r'op_name="([^"]*)"')
+KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu|__cudnn\$|__cublas\$)')
 COMPUTES = ("dot", "convolution")
 MOVES = ("copy", "copy-start", "transpose", "slice", "dynamic-slice", "pad", "concatenate")
 FREE = ("parameter", "constant", "bitcast", "reshape", "tuple", "get-tuple-element")
@@ -58,8 +59,9 @@ class Instruction:
         return found[1] if found else ""
 
     @property
-    def is_pallas(self) -> bool:
-        return self.operation == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.rest
+    def is_kernel(self) -> bool:
+        """Whether it calls a Pallas kernel or, on a GPU, one of cuDNN or cuBLAS."""
+        return self.operation == "custom-call" and KERNEL.search(self.rest) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +141,8 @@ class Program:
         return found
 
     def computes(self, instruction: Instruction) -> bool:
-        """Whether it is, or runs, a Pallas kernel or a matrix product."""
-        if instruction.is_pallas or instruction.operation in COMPUTES:
+        """Whether it is, or runs, a kernel or a matrix product."""
+        if instruction.is_kernel or instruction.operation in COMPUTES:
             return True
         return any(self._computes(name) for name in instruction.called)
 

@@ -46,7 +46,7 @@ def test_forward_pass_for_v5e():
     """The quick one: R − 1 rotations, each of K and of V in bfloat16, each behind the kernel."""
     transfers = program("v5e:2x4", "splash", False, backward=False, slots=2048).transfers()
     assert collections.Counter(x.dtype for x in transfers for _ in range(x.times)) == {"bf16": 2 * (RING - 1)}
-    assert all(line.is_pallas for x in transfers for line in x.behind) and all(map(behind_attention, transfers))
+    assert all(line.is_kernel for x in transfers for line in x.behind) and all(map(behind_attention, transfers))
 
 
 @pytest.mark.slow

@@ -80,9 +80,18 @@ def test_what_each_transfer_is_hidden_behind(program):
 
 def test_scope_and_called(program):
     lines = {line.name: line for part in program.computations.values() for line in part}
-    assert lines["attend"].scope == "ring/attend" and lines["attend"].is_pallas
+    assert lines["attend"].scope == "ring/attend" and lines["attend"].is_kernel
     assert lines["cond"].called == ["product", "fused_computation"]
     assert sorted(lines["loop"].called) == ["body", "condition"]
+
+
+@pytest.mark.parametrize("target, kernel", [
+    ("tpu_custom_call", True), ("mosaic_gpu_v2", True), ("__cudnn$fmhaSoftmaxBackward", True), ("__cublas$gemm", True),
+    ("Sharding", False), ("AllocateBuffer", False),
+])  # fmt: skip
+def test_kernels(program, target, kernel):
+    line = hlo.Instruction("call", "f32[8]", "custom-call", f'%x), custom_call_target="{target}"')
+    assert line.is_kernel == kernel == program.computes(line)
 
 
 def test_how_often_a_loop_runs(program):
