@@ -6,7 +6,7 @@
     XLA_FLAGS --xla_gpu_experimental_parallel_collective_overlap_limit=4
         XLA lets one collective run beside the compute, and waits for every other one that is due meanwhile. A ring's
         backward pass has two under way, K and V and the sums of their gradients: of its 6 rotations in a ring of 4,
-        2 were waited for, and only the first with the limit at 4 (`scripts/gpu_overlap.py`, docs/results).
+        2 were waited for, and only the first with the limit at 4 (docs/results/gpu_overlap.md).
 
 XLA's scheduler that hides collectives behind compute is on by default. In a program of your own call `prepare` before
 the first use of JAX.
