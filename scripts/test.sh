@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Sets up an environment and runs the tests:  bash scripts/test.sh [pytest arguments]
-# Without arguments the slow tests are left out; `-m slow` runs those, `-m ""` all.
+# Without arguments the slow tests are left out; `-m slow` runs those, `-m ""` all. EXTRAS=test,tpu installs libtpu
+# too, and the ring is compiled for TPU slices.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 venv=${VENV:-.venv}
-environment "$venv" test
+environment "$venv" "${EXTRAS:-test}"
 [ $# -gt 0 ] || set -- -m "not slow"
 exec "$venv/bin/python" -m pytest -q "$@"
