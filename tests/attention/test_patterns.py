@@ -53,7 +53,7 @@ def rounded(function):
 FUSED = Kernel("fused", rounded(reference.forward), rounded(reference.backward), fused=True)
 
 
-@pytest.fixture(params=["alone", "beside xla", "beside a fused one"])
+@pytest.fixture(params=["alone", pytest.param("beside xla", marks=pytest.mark.slow), "beside a fused one"])
 def dense(request, monkeypatch):
     """A kernel for rectangles only, as the one backend or as the first choice of 'auto'."""
     others = {"fused": FUSED} if request.param == "beside a fused one" else kernels.KERNELS
