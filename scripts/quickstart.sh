@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up an environment, trains a small any-to-any model and shows what it has learned:
 #
-#   bash scripts/quickstart.sh            6 to 8 minutes on two cores, the installation included
+#   bash scripts/quickstart.sh            6 to 9 minutes on two cores, the installation included
 #   bash scripts/quickstart.sh --short    the same steps with hardly any training: checks that everything runs
 #   bash scripts/quickstart.sh --fresh    forget an earlier run and train again
 #
