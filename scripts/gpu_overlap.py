@@ -53,8 +53,11 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     arguments = parser.parse_args()
     print(f"jax {importlib.metadata.version('jax')}; {vars(arguments)}\n\n{HEADER}")
-    for case in itertools.product(arguments.rings, arguments.layouts, (1, accelerator.IN_FLIGHT)):
-        print(measure(*case, arguments), flush=True)
+    try:
+        for case in itertools.product(arguments.rings, arguments.layouts, (1, accelerator.IN_FLIGHT)):
+            print(measure(*case, arguments), flush=True)
+    except (ModuleNotFoundError, NotImplementedError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

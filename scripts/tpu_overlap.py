@@ -57,8 +57,11 @@ def main() -> None:
     arguments = parser.parse_args()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
     print(f"{versions}; {vars(arguments)}\n\n{HEADER}")
-    for case in itertools.product(arguments.slices, arguments.backends, (False, True), (False, True)):
-        print(measure(*case, arguments), flush=True)
+    try:
+        for case in itertools.product(arguments.slices, arguments.backends, (False, True), (False, True)):
+            print(measure(*case, arguments), flush=True)
+    except (ModuleNotFoundError, NotImplementedError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ QUIET = {
 def slice_mesh(topology: str) -> Mesh:
     """The chips of a slice such as 'v5e:2x4', 'v5p:2x2x2' or 'v6e:2x4' in a ring, along the mesh axis 'sp'.
 
-    They are descriptions: programs can be compiled for them, not run. Raises ModuleNotFoundError without libtpu.
+    They are descriptions: programs can be compiled for them, not run. Raises ModuleNotFoundError without libtpu,
+    ValueError for a slice that does not exist.
     """
     from jax.experimental import mesh_utils, topologies
 
@@ -38,7 +39,11 @@ def slice_mesh(topology: str) -> Mesh:
         raise ModuleNotFoundError("compiling for TPU needs libtpu; pip install 'ringjax[tpu]'", name="libtpu")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no TPU slice {topology!r}: {reason}; use one such as 'v5e:2x4' or 'v5p:2x2x2'") from None
     return Mesh(mesh_utils.create_device_mesh((len(devices),), devices=devices), ("sp",))
 
 

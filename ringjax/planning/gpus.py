@@ -11,7 +11,7 @@ order of the schedule are.
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 # H100 SXM, as XLA describes its targets (xla/backends/gpu/target_config).
 H100 = """
@@ -29,8 +29,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def gpu_mesh(count: int, axes: dict[str, int] | None = None) -> Mesh:
-    """`count` H100s of one host in a ring along 'sp', or along `axes` (their sizes by name).
+def gpu_mesh(count: int) -> Mesh:
+    """`count` H100s of one host in a ring, along the mesh axis 'sp'.
 
     They are descriptions: programs can be compiled for them, not run. Raises NotImplementedError where JAX's CUDA
     plugin does not load.
@@ -46,6 +46,4 @@ def gpu_mesh(count: int, axes: dict[str, int] | None = None) -> Mesh:
             f"compiling for GPUs needs JAX's CUDA plugin and NVIDIA's driver library, pip install 'ringjax[gpu]':"
             f" {str(error).splitlines()[0]}"
         ) from None
-    axes = {"sp": count} if axes is None else axes
-    shape = tuple(axes.values())
-    return Mesh(np.array(found.devices).reshape(shape), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    return Mesh(np.array(found.devices), ("sp",))
