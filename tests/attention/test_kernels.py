@@ -1,5 +1,6 @@
 """Every backend keeps the contract of kernels.base: any interval, any length, merged lse in the backward pass."""
 
+import dataclasses
 import logging
 
 import jax
@@ -10,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringjax as rj
-from ringjax.attention import api, kernels
-from ringjax.attention.kernels import xla
+from ringjax.attention import api, kernels, validate
+from ringjax.attention.kernels import base, cudnn, xla
 from ringjax.attention.kernels.reference import visible_pairs
 from tests.attention import cases, oracle
 
@@ -162,3 +163,19 @@ def test_a_named_backend_that_cannot_serve_says_why(monkeypatch):
     q = jnp.zeros((1, 3, 1, 2))
     with pytest.raises(NotImplementedError, match="'refusing' cannot serve this call: head size 2 is too small"):
         rj.attention(q, q, q, backend="refusing")
+
+
+@pytest.mark.parametrize("dense, said", [
+    (False, "attention falls back from 'mosaic' to the slower 'xla'"),
+    (True, "attention that 'cudnn' cannot serve (not full or causal) falls back from 'mosaic' to the slower 'xla'"),
+])  # fmt: skip
+def test_auto_warns_once_on_a_gpu_without_the_fused_kernel_for_any_mask(monkeypatch, caplog, dense, said):
+    monkeypatch.setattr(kernels, "target", lambda: base.Target("gpu", "NVIDIA A100"))
+    if dense:
+        monkeypatch.setitem(kernels.KERNELS, "cudnn", dataclasses.replace(cudnn.KERNEL, unavailable=lambda: None))
+    kernels._warn.cache_clear()
+    q = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
+    for _ in range(2):
+        assert kernels.choose("auto", q, q, q, validate.score(None, None, 64)).interval.name == "xla"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and record.getMessage().startswith(f"{said}: needs an NVIDIA Hopper GPU")

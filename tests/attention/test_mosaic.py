@@ -35,7 +35,7 @@ def intervals(mask: str, batch: int, length: int) -> tuple[np.ndarray, np.ndarra
     ("full", (1, 1), (96, 96), 131, {}),
 ])  # fmt: skip
 def test_equals_float64(mask, heads, head_dims, length, options):
-    """Odd lengths and head sizes, GQA, softcap: at most what the plain formula loses in bfloat16 (design.md §7)."""
+    """Odd lengths and head sizes, GQA, softcap: as exact in bfloat16 as `oracle.py` asks."""
     from tests.attention.simulator import simulated
 
     q, k, v, dout, dlse = cases.inputs(1, length, *heads, *head_dims, jnp.bfloat16)

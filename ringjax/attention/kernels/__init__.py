@@ -12,6 +12,8 @@ logger = logging.getLogger(__name__)
 # The fastest first.
 _ALL = cudnn.KERNEL, mosaic.KERNEL, splash.KERNEL, xla.KERNEL, reference.KERNEL
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _ALL}
+# The fused kernel of each kind of accelerator that serves any mask: without it `auto` takes a slower path, and says so.
+FOR_ANY_MASK = {"gpu": mosaic.KERNEL.name, "tpu": splash.KERNEL.name}
 
 
 def available() -> dict[str, str | None]:
@@ -32,7 +34,8 @@ def choose(backend: str, q, k, v, score: Score) -> Kernels:
     """The kernels for these inputs: the named one, or with 'auto' the first of `KERNELS` that serve them.
 
     Raises ValueError for an unknown name and NotImplementedError, with the reason, where a named backend
-    cannot serve the call. What 'auto' chose, and why not an earlier one, is logged at level DEBUG.
+    cannot serve the call. What 'auto' chose, and why not an earlier one, is logged at level DEBUG; that it chose a
+    slower one than the accelerator's fused kernel, once as a warning.
     """
     check_name(backend)
     if backend != "auto":
@@ -47,18 +50,20 @@ def choose(backend: str, q, k, v, score: Score) -> Kernels:
             serving.append(kernel)
         else:
             refused[name] = reason
-            if name == splash.KERNEL.name and target().platform == "tpu":
-                _warn(name, reason)
     interval = next(kernel for kernel in serving if kernel.forward)
     faster = serving[: serving.index(interval) + 1]
     chosen = Kernels(interval, next((kernel for kernel in faster if kernel.dense), None))
+    fused = FOR_ANY_MASK.get(target().platform)
+    if fused in refused:
+        _warn(fused, refused[fused], interval.name, None if chosen.dense is None else chosen.dense.name)
     _say(chosen, tuple(refused.items()), q.shape, k.shape, str(q.dtype))
     return chosen
 
 
 @functools.cache  # once for each reason
-def _warn(name: str, reason: str) -> None:
-    logger.warning("attention falls back from %r, the fastest backend here, to a slower one: %s", name, reason)
+def _warn(fused: str, reason: str, interval: str, dense: str | None) -> None:
+    where = "attention" if dense in (None, interval) else f"attention that {dense!r} cannot serve (not full or causal)"
+    logger.warning("%s falls back from %r to the slower %r: %s", where, fused, interval, reason)
 
 
 @functools.cache  # once for each kind of call, not once for each layer
