@@ -57,10 +57,13 @@ def ring_program(
     The projection is there because attention is never alone: the first rotation of the backward pass needs no gradient,
     so it hides behind what comes before.
     """
-    shape = lambda *dims, spec: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))  # noqa: E731
-    q, k = (shape(batch, seq_len, n, head_dim, spec=P(None, "sp")) for n in (heads, kv_heads))
-    width = heads * head_dim
-    weights, stream = shape(heads, head_dim, width, spec=P()), shape(batch, seq_len, width, spec=P(None, "sp"))
+
+    def array(spec: P, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
+
+    tokens, width = P(None, "sp"), heads * head_dim
+    q, k = (array(tokens, batch, seq_len, n, head_dim) for n in (heads, kv_heads))
+    weights, stream = array(P(), heads, head_dim, width), array(tokens, batch, seq_len, width)
 
     def layer(q, k, v, weights):
         return jnp.einsum("btnh,nhd->btd", rj.sharded_attention(q, k, v, mesh=mesh, **options), weights)
