@@ -5,8 +5,10 @@
         itself.
     XLA_FLAGS --xla_gpu_experimental_parallel_collective_overlap_limit=4
         XLA lets one collective run beside the compute, and waits for every other one that is due meanwhile. A ring's
-        backward pass has two under way, K and V and the sums of their gradients: of its 6 rotations in a ring of 4,
-        2 were waited for, and only the first with the limit at 4 (docs/results/gpu_overlap.md).
+        backward pass has two under way, K and V and the sums of their gradients (docs/results/gpu_overlap.md).
+    XLA_FLAGS --xla_gpu_collective_permute_combine_threshold_bytes=8589934592
+        K and V in one message. Of two, the second starts when the attention that should hide it has taken the whole
+        GPU already, and ends after it (docs/results/gpu_overlap.md).
 
 XLA's scheduler that hides collectives behind compute is on by default. In a program of your own call `prepare` before
 the first use of JAX.
@@ -19,9 +21,10 @@ MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 FRACTION = "0.94"
 _OTHER_MEMORY = "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_CLIENT_MEM_FRACTION"
 OVERLAP = "--xla_gpu_experimental_parallel_collective_overlap_limit"
-IN_FLIGHT = 4
-# XLA ends the process at a flag that it doesn't know; this one was tried with jaxlib 0.10.2, 0.11.2 and 0.12.0.
-_KNOWS_OVERLAP = (0, 10, 2), (0, 13)
+COMBINE = "--xla_gpu_collective_permute_combine_threshold_bytes"
+FLAGS = {OVERLAP: 4, COMBINE: 8 * 2**30}
+# XLA ends the process at a flag that it doesn't know; these were tried with jaxlib 0.10.2, 0.11.2 and 0.12.0.
+_KNOWS_FLAGS = (0, 10, 2), (0, 13)
 
 _set: set[str] = set()
 
@@ -31,16 +34,23 @@ def prepare() -> None:
     if not any(name in os.environ for name in (MEMORY, *_OTHER_MEMORY)):  # else the user manages the memory
         os.environ[MEMORY] = FRACTION
         _set.add(MEMORY)
-    flags = os.environ.get("XLA_FLAGS", "")
-    if OVERLAP not in flags and _jaxlib_knows_overlap():
-        os.environ["XLA_FLAGS"] = f"{flags} {OVERLAP}={IN_FLIGHT}".strip()
-        _set.add(OVERLAP)
+    if not _jaxlib_knows_flags():
+        return
+    for name, value in FLAGS.items():
+        flags = os.environ.get("XLA_FLAGS", "")
+        if name not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {name}={value}".strip()
+            _set.add(name)
 
 
 def said() -> list[str]:
     """For people: what was set and by whom, a line each."""
-    flag = next((flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.startswith(OVERLAP)), None)
-    return [_said(MEMORY, os.environ.get(MEMORY)), _said(OVERLAP, None if flag is None else flag.partition("=")[2])]
+    return [_said(MEMORY, os.environ.get(MEMORY)), *(_said(name, _flag(name)) for name in FLAGS)]
+
+
+def _flag(name: str) -> str | None:
+    found = next((flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.startswith(name)), None)
+    return None if found is None else found.partition("=")[2]
 
 
 def _said(name: str, value: str | None) -> str:
@@ -49,7 +59,7 @@ def _said(name: str, value: str | None) -> str:
     return f"{name}={value} ({'set by ringjax' if name in _set else 'yours'})"
 
 
-def _jaxlib_knows_overlap() -> bool:
-    first, beyond = _KNOWS_OVERLAP
+def _jaxlib_knows_flags() -> bool:
+    first, beyond = _KNOWS_FLAGS
     digits = importlib.metadata.version("jaxlib").split(".")[:3]
     return all(part.isdigit() for part in digits) and first <= tuple(map(int, digits)) < beyond

@@ -2,7 +2,7 @@
 
     python scripts/gpu_overlap.py [--rings 2 4 8] [--layouts striped zigzag] [--seq-len 65536]
 
-Prints the table of docs/results/gpu_overlap.md: messages of one forward and backward pass, with and without the flag
+Prints the table of docs/results/gpu_overlap.md: messages of one forward and backward pass, with and without the flags
 that `ringjax.accelerator` sets.
 """
 
@@ -17,29 +17,32 @@ from ringjax import accelerator
 from ringjax.planning import ahead, gpus, hlo
 
 HEADER = """\
-| GPUs | layout | collectives at a time | messages | hidden | waited for | temporary | ÷ K, V |
-| --- | --- | --- | --- | --- | --- | --- | --- |"""
+| GPUs | layout | collectives at a time | combined | messages | hidden | waited for | temporary | ÷ K, V |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+OVERLAP, COMBINE = accelerator.OVERLAP, accelerator.COMBINE
+# XLA's defaults (1 at a time; combined up to 30 MiB), the limit alone, and both as `ringjax.accelerator` sets them.
+SETTINGS = {OVERLAP: 1}, {OVERLAP: accelerator.FLAGS[OVERLAP]}, accelerator.FLAGS
 
 
-def measure(ring_size: int, layout: str, limit: int, arguments) -> str:
-    jax.clear_caches()  # what was traced for the other limit
-    # The ring reads the flag to choose what travels; XLA has read its flags already, so it is told again.
-    os.environ["XLA_FLAGS"] = f"{accelerator.OVERLAP}={limit}"
+def measure(ring_size: int, layout: str, setting: dict[str, int], arguments) -> str:
+    jax.clear_caches()  # what was traced for another setting
+    # The ring reads the flags to choose what travels; XLA has read its own already, so it is told again.
+    os.environ["XLA_FLAGS"] = " ".join(f"{name}={value}" for name, value in setting.items())
     heads, kv_heads = arguments.heads
     program = ahead.ring_program(
         gpus.gpu_mesh(ring_size), seq_len=arguments.seq_len, heads=heads, kv_heads=kv_heads,
         head_dim=arguments.head_dim, backward=True, layout=layout, backend=arguments.backend,
     )  # fmt: skip
-    options = {accelerator.OVERLAP.removeprefix("--"): limit, "xla_gpu_autotune_level": 0}
-    compiled = program.compile(compiler_options=options)
+    options = {name.removeprefix("--"): value for name, value in setting.items()}
+    compiled = program.compile(compiler_options={**options, "xla_gpu_autotune_level": 0})
     transfers = hlo.Program(compiled.as_text()).transfers()
     hidden = sum(transfer.times for transfer in transfers if transfer.hidden)
     total = sum(transfer.times for transfer in transfers)
     temporary = compiled.memory_analysis().temp_size_in_bytes
     shard = 2 * 2 * arguments.seq_len // ring_size * kv_heads * arguments.head_dim
     return (
-        f"| {ring_size} | {layout} | {limit} | {total} | {hidden} | {total - hidden} | {temporary / 2**20:.0f} MiB"
-        f" | {temporary / shard:.1f} |"
+        f"| {ring_size} | {layout} | {setting[OVERLAP]} | {'yes' if COMBINE in setting else 'no'} | {total} | {hidden}"
+        f" | {total - hidden} | {temporary / 2**20:.0f} MiB | {temporary / shard:.1f} |"
     )
 
 
@@ -54,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"jax {importlib.metadata.version('jax')}; {vars(arguments)}\n\n{HEADER}")
     try:
-        for case in itertools.product(arguments.rings, arguments.layouts, (1, accelerator.IN_FLIGHT)):
+        for case in itertools.product(arguments.rings, arguments.layouts, SETTINGS):
             print(measure(*case, arguments), flush=True)
     except (ModuleNotFoundError, NotImplementedError, ValueError) as error:
         parser.error(str(error))

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ringjax import accelerator
-from ringjax.accelerator import MEMORY, OVERLAP
+from ringjax.accelerator import COMBINE, MEMORY, OVERLAP
 
 
 @pytest.fixture
@@ -20,31 +20,32 @@ def clean(monkeypatch):
 
 
 def test_sets_what_is_not_set_and_says_so(clean):
-    assert accelerator.said() == [f"{MEMORY}: not set", f"{OVERLAP}: not set"]
+    assert accelerator.said() == [f"{MEMORY}: not set", f"{OVERLAP}: not set", f"{COMBINE}: not set"]
     clean.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
     accelerator.prepare()
-    assert accelerator.said() == [f"{MEMORY}=0.94 (set by ringjax)", f"{OVERLAP}=4 (set by ringjax)"]
-    assert os.environ["XLA_FLAGS"] == f"--xla_gpu_autotune_level=0 {OVERLAP}=4"
+    settings = f"{MEMORY}=0.94", f"{OVERLAP}=4", f"{COMBINE}=8589934592"
+    assert accelerator.said() == [f"{setting} (set by ringjax)" for setting in settings]
+    assert os.environ["XLA_FLAGS"] == f"--xla_gpu_autotune_level=0 {settings[1]} {settings[2]}"
 
 
 @pytest.mark.parametrize("name", [MEMORY, *accelerator._OTHER_MEMORY])
 def test_the_users_own_settings_stay(clean, name):
     clean.setenv(name, "0.5")
-    clean.setenv("XLA_FLAGS", f"{OVERLAP}=2")
+    clean.setenv("XLA_FLAGS", f"{OVERLAP}=2 {COMBINE}=1")
     accelerator.prepare()
-    assert not accelerator._set and os.environ["XLA_FLAGS"] == f"{OVERLAP}=2"
+    assert not accelerator._set and os.environ["XLA_FLAGS"] == f"{OVERLAP}=2 {COMBINE}=1"
     memory = f"{MEMORY}=0.5 (yours)" if name == MEMORY else f"{MEMORY}: not set"
-    assert accelerator.said() == [memory, f"{OVERLAP}=2 (yours)"]
+    assert accelerator.said() == [memory, f"{OVERLAP}=2 (yours)", f"{COMBINE}=1 (yours)"]
 
 
-def test_a_jaxlib_that_was_not_tried_gets_no_flag(clean):
+def test_a_jaxlib_that_was_not_tried_gets_no_flags(clean):
     clean.setattr(accelerator.importlib.metadata, "version", lambda name: "0.13.0")
     accelerator.prepare()
     assert "XLA_FLAGS" not in os.environ
 
 
-def test_xla_knows_the_flag(clean):
-    """It would end the process if it did not."""
+def test_xla_knows_the_flags(clean):
+    """It would end the process if it did not know one."""
     accelerator.prepare()
     code = "import jax; jax.config.update('jax_platforms', 'cpu'); print(jax.jit(lambda x: x + 1)(1))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "2"

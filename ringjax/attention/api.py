@@ -177,17 +177,23 @@ _compiled = jax.jit(attend, static_argnums=(0, 1, 2, 3))  # for callers that do 
 
 def _reach(reach: Reach | None, causal: bool, window: int | None, index, keys: int, q) -> tuple[Reach, str | None]:
     """The given reach, or the one that `causal` and `window` describe for queries at global `index` `[T]`; and
-    "causal" or "full" where these alone say the mask."""
+    "causal" or "full" where these alone say the mask, "window" where it is known to be neither."""
     batch, length = q.shape[:2]
     if reach is not None:
         reach.validate(batch, length)
-        return reach, None
+        return reach, _narrow(reach, keys)
     behind = jnp.broadcast_to(index, (batch, length))
     ahead = jnp.zeros_like(behind) if causal else keys - 1 - behind
     reach = Reach(behind, ahead, max_ahead=0 if causal else None)
     if window is None:
         return reach, "causal" if causal else "full"
-    return reach.within(window), None
+    reach = reach.within(window)
+    return reach, _narrow(reach, keys)
+
+
+def _narrow(reach: Reach, keys: int) -> str | None:
+    """ "window" where the last query cannot see the first key."""
+    return "window" if reach.max_behind is not None and reach.max_behind < keys - 1 else None
 
 
 def _check_shards(q, k, order: layouts.Layout, sizes: dict[str, int]) -> None:

@@ -14,6 +14,9 @@ home while the device attends to its own:
 
     hop 1 … R − 1:  device d attends to shard d − 1, …, d − R + 1, each time adding to the sums that came along
     hop 0:          the sums go home, device d attends to shard d
+
+The first rotation has only what comes before to hide behind. Where a kernel finds dQ apart from dK and dV, it hides
+behind the device's own dQ, and the way home behind its own dK and dV.
 """
 
 import dataclasses
@@ -43,7 +46,8 @@ class Ring:
     `offsets` are the hops that somebody needs: in each, group g attends to the shard of group g − offset.
     `width` is 1 except under Ulysses, where the devices of a group share the tokens of their shards, in
     ascending order, and split the heads. A ring of one group (`axis_name` may be None) is attention on one device.
-    `mask` is "causal" or "full" where that is known when the function is traced, None where `start` and `stop` say it.
+    `mask` is "causal" or "full" where that is known when the function is traced, "window" where it is known to be
+    neither, None where `start` and `stop` say it.
     """
 
     layout: Layout
@@ -107,7 +111,7 @@ class Ring:
         last = len(self.offsets) - 1
         mask = self._mask(kernels, q, k, start, stop)
 
-        def attend(visiting, dq, offset, dtype, arriving=None):
+        def attend(visiting, dq, offset, dtype, arriving=None, dout=dout):
             cases, slots = mask.cases(offset, forward=False), mask.slots(offset)
             inputs = (q, *wire.unpack(visiting), out, lse, dout, delta)
             return hop.backward(cases, kernels, score, dq, *inputs, *slots, dtype, arriving)
@@ -116,7 +120,10 @@ class Ring:
             return attend(wire.pack(k, v), None, self.offsets[0], q.dtype)[0]
 
         def add(summed, grads):
-            here = wire.pack(grads.dk.astype(wide), grads.dv.astype(wide))
+            here = wire.pack(grads.dk, grads.dv)
+            if summed is None and last == 1:  # no sum yet, so no need to send more than the kernel gave
+                return here
+            here = jax.tree.map(lambda x: x.astype(wide), here)
             return here if summed is None else jax.tree.map(jnp.add, summed, here)
 
         def visit(carry, offset, step, step_before):
@@ -127,15 +134,23 @@ class Ring:
             grads, (arriving, summed) = attend(visiting, dq, offset, dtype, (arriving, summed))
             return arriving, grads.dq, add(summed, grads)
 
-        carry = self._rotate(wire.pack(k, v), self._step(0)), None, None
+        own, first = wire.pack(k, v), self.offsets[0]
+        visiting, dq = self._rotate(own, self._step(0)), None
+        apart = mask.cases(first, forward=False).branches == (INTERVAL,) and kernels.interval.separate
+        if apart:  # the compiler drops the pass whose results are not used
+            visiting, dq = _finish((visiting, attend(own, None, first, None if self.unroll else wide)[0].dq))
+        carry = visiting, dq, None
         if last > 1:
             carry = _finish(visit(carry, self.offsets[1], self._step(1), None))
             carry = self._hops(visit, carry, 2, last)
         _, dq, summed = visit(carry, self.offsets[last], None, self._step(last - 1) if last > 1 else None)
+        if apart:
+            dq, summed, dout = _finish((dq, summed, dout))
         # The sums are on their way home while the device attends to its own keys.
         summed = self._rotate(summed, -self.offsets[last])
-        own, summed = attend(wire.pack(k, v), dq, self.offsets[0], q.dtype, summed)
-        return Gradients(own.dq, *wire.unpack(add(summed, own)))
+        grads, summed = attend(own, None if apart else dq, first, q.dtype, summed, dout)
+        dk, dv = wire.unpack(add(summed, grads))
+        return Gradients(dq.astype(q.dtype) if apart else grads.dq, dk, dv)
 
     def _hops(self, visit: Callable, carry, first: int, last: int):
         """`visit(carry, offset, step to the next offset, step from the one before)` for the hops first … last − 1."""
@@ -154,7 +169,9 @@ class Ring:
     def _mask(self, kernels: Kernels, q, k, start, stop) -> "Mask":
         length, keys = q.shape[1], k.shape[1]
         known = None
-        if self.mask == "full":
+        if self.mask == "window":
+            pass
+        elif self.mask == "full":
             known = patterns.Patterns(*[patterns.whole(length, keys)] * 3)
         elif length == keys and (self.width == 1 or self.size == 1 or self.layout.groups_stay_in_order):
             known = self.layout.causal_patterns(length)
@@ -194,6 +211,8 @@ class Mask:
         """What the hop at `offset` (a number, or traced) may be."""
         group, source = self._groups(offset)
         own = isinstance(offset, int) and offset == 0
+        if self._intervals_only(own, forward):
+            return Cases((INTERVAL,))
         known, which = [], 0
         if self.patterns is not None:
             earlier, itself, later = (self._case(pattern, forward) for pattern in self.patterns)
@@ -203,13 +222,28 @@ class Mask:
                 known, which = [earlier, later], source > group
             else:  # inside a scan
                 known, which = [earlier, itself, later], 1 + jnp.sign(source - group)
-        if self.ring.mask is not None and known:
+        if self._static and known:
             return Cases.of(known, which)
         if not (known and self.kernels.either):
             return Cases.of([INTERVAL] if own else [None, INTERVAL], self._some(offset))
         if own:
             return Cases.of([INTERVAL, *known], self._plain())
         return Cases.of([None, INTERVAL, *known], jnp.where(self._plain(), 2 + which, self._some(offset)))
+
+    @property
+    def _static(self) -> bool:
+        return self.ring.mask in ("causal", "full")
+
+    def _intervals_only(self, own: bool, forward: bool) -> bool:
+        """Whether the kernel for intervals takes the hop, whatever it is.
+
+        XLA on GPUs reads a branch's index on the host: the device waits, and nothing runs ahead. A fused kernel for
+        intervals needs no branch. Forward it is as fast as one for rectangles; backward it loses more than the wait
+        takes, also on a shard of 8192 tokens (docs/results/attention.md).
+        """
+        if not (self.kernels.either and self.kernels.interval.fused):
+            return False
+        return self.ring.mask == "window" or (forward and not (self._static and own))
 
     def _case(self, pattern: patterns.Pattern | None, forward: bool) -> Case:
         """The pattern, or INTERVAL where a kernel for intervals does it at least as well."""

@@ -33,7 +33,8 @@ class AllGather:
         return Gradients(grads.dq, self._scatter(grads.dk), self._scatter(grads.dv))
 
     def _alone(self) -> Ring:
-        mask = "full" if self.ring.mask == "full" else None  # the local queries are a part of the gathered positions
+        # Under a causal mask the local queries are a part of the gathered positions.
+        mask = None if self.ring.mask == "causal" else self.ring.mask
         return dataclasses.replace(self.ring, size=1, width=self.ring.size, offsets=(0,), mask=mask)
 
     def _gather(self, x: Array) -> Array:

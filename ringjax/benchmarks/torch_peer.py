@@ -4,6 +4,7 @@ It runs before JAX touches a device: JAX takes most of a GPU's memory when it st
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,9 @@ def run(
     with tempfile.TemporaryDirectory(prefix="ringjax-bench-") as folder:
         request, answer = Path(folder, "request.json"), Path(folder, "answer.jsonl")
         request.write_text(json.dumps(settings))
-        command = [python or sys.executable, str(SCRIPT), str(request), str(answer)]
+        # Not run where it lies: the modules beside it (`profile`) would stand in for Python's own.
+        script = shutil.copy(SCRIPT, folder)
+        command = [python or sys.executable, str(script), str(request), str(answer)]
         say("PyTorch context_parallel, in processes of its own …")
         failure = ""
         try:

@@ -1,5 +1,6 @@
 """`ringjax bench train CONFIG`: whole training steps, by the functions that `ringjax train` uses."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import math
@@ -134,19 +135,45 @@ class _Steps:
     def run(self, warmup: int, steps: int) -> list[float]:
         """Seconds from the end of one step to the end of the next, for each timed step."""
         jax.block_until_ready(self._state)
-        ends, pending = [time.perf_counter()], []
-        for _ in range(warmup + steps):
-            pending.append(self.step())
-            while len(pending) > self._lag:
-                jax.block_until_ready(pending.pop(0))
-                ends.append(time.perf_counter())
-        for loss in pending:
-            jax.block_until_ready(loss)
-            ends.append(time.perf_counter())
-        return np.diff(ends)[warmup:].tolist()
+        with _Ends() as ends:
+            for step in range(warmup + steps):
+                ends.watch(self.step())
+                ends.wait(step - self._lag)
+        return np.diff(ends.times)[warmup:].tolist()
 
     def losses(self) -> tuple[float, float]:
         return float(self._losses[0]), float(self._losses[-1])
+
+
+class _Ends:
+    """When the steps end, seen by a thread of its own: dispatching the next step may keep the main one waiting.
+
+    `times` begins with the start; `watch(array)` adds an end, `wait(i)` returns when step i has ended (none if i < 0).
+    """
+
+    def __init__(self):
+        self.times = [time.perf_counter()]
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._pending: list[concurrent.futures.Future] = []
+
+    def __enter__(self):
+        return self
+
+    def watch(self, array: jax.Array) -> None:
+        self._pending.append(self._thread.submit(self._ended, array))
+
+    def wait(self, step: int) -> None:
+        if step >= 0:
+            self._pending[step].result()
+
+    def __exit__(self, *_):
+        self._thread.shutdown()
+        for ended in self._pending:
+            ended.result()  # an error of a step is raised here
+
+    def _ended(self, array: jax.Array) -> None:
+        jax.block_until_ready(array)
+        self.times.append(time.perf_counter())
 
 
 def _stage(run: RunConfig, name: str | None) -> StageConfig:

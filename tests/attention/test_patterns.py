@@ -50,7 +50,7 @@ def rounded(function):
     return call
 
 
-FUSED = Kernel("fused", rounded(reference.forward), rounded(reference.backward), fused=True)
+FUSED = Kernel("fused", rounded(reference.forward), rounded(reference.backward), fused=True, separate=True)
 
 
 @pytest.fixture(params=["alone", pytest.param("beside xla", marks=pytest.mark.slow), "beside a fused one"])
@@ -61,6 +61,17 @@ def dense(request, monkeypatch):
     api._compiled.clear_cache()
     api._sharded.clear_cache()
     yield "dense" if request.param == "alone" else "auto"
+    api._compiled.clear_cache()
+    api._sharded.clear_cache()
+
+
+@pytest.fixture
+def beside_fused(monkeypatch):
+    """A kernel for rectangles and a fused one for intervals, as on a Hopper GPU."""
+    monkeypatch.setattr(kernels, "KERNELS", {"dense": DENSE, "fused": FUSED})
+    api._compiled.clear_cache()
+    api._sharded.clear_cache()
+    yield
     api._compiled.clear_cache()
     api._sharded.clear_cache()
 
@@ -111,18 +122,44 @@ def test_sums_over_hops_are_float32(dense, layout, unroll):
     check(dense, layout, 8, True, dtype=jnp.bfloat16, bound=2 * rounding, unroll=unroll)
 
 
-def check(backend, layout, ring_size, causal, dtype=jnp.float32, bound=oracle.FLOAT32, **options):
+@pytest.mark.parametrize("unroll", [True, False])
+@pytest.mark.parametrize("ring_size, window", [(1, 9), (2, 9), (4, 9), (4, 20)])
+@pytest.mark.parametrize("layout", rj.layouts.LAYOUTS)
+def test_windows_find_dq_apart(beside_fused, layout, ring_size, window, unroll):
+    check("auto", layout, ring_size, True, window=window, unroll=unroll)
+
+
+@pytest.mark.parametrize("layout", rj.layouts.LAYOUTS)
+@pytest.mark.parametrize("mask, branches", [("causal", 1), ("full", 0), ("window", 0), ("data", 2)])
+def test_branches_of_a_program(beside_fused, layout, mask, branches):
+    """A GPU waits for the host at each: none forward, and backward only where a rectangle may be worth it."""
+    q, k, v, dout, _ = cases.inputs(BATCH, LENGTH, 8, 4, 8, 8)
+    reach = rj.Reach.causal(BATCH, LENGTH).permute(layout, 2) if mask == "data" else None
+    options = dict(causal=mask != "full", window=9 if mask == "window" else None, reach=reach)
+
+    def attend(q, k, v):
+        return rj.sharded_attention(q, k, v, mesh=cases.mesh(2), layout=layout, **options)
+
+    assert str(jax.make_jaxpr(attend)(q, k, v)).count(" cond[") == 0
+    pull = jax.vjp(attend, q, k, v)[1]
+    assert str(jax.make_jaxpr(pull)(dout)).count(" cond[") == branches
+
+
+def check(backend, layout, ring_size, causal, dtype=jnp.float32, bound=oracle.FLOAT32, window=None, **options):
     arrays = cases.inputs(BATCH, LENGTH, 8, 4, 8, 8, dtype)
     order, mesh = rj.layouts.get(layout), cases.mesh(ring_size)
 
     def attend(q, k, v):
         q, k, v = (order.permute(x, ring_size, 1) for x in (q, k, v))
-        out = rj.sharded_attention(q, k, v, mesh=mesh, layout=layout, causal=causal, backend=backend, **options)
+        out = rj.sharded_attention(
+            q, k, v, mesh=mesh, layout=layout, causal=causal, window=window, backend=backend, **options
+        )
         return order.restore(out, ring_size, 1)
 
     found = jax.jit(lambda q, k, v, dout: run(attend, q, k, v, dout))(*arrays[:4])
     g = np.broadcast_to(np.arange(LENGTH), (BATCH, LENGTH))
-    expected = cases.expected(*arrays[:4], 0 * arrays[4], g, 0 * g if causal else LENGTH - 1 - g)
+    behind = g if window is None else np.minimum(g, window - 1)
+    expected = cases.expected(*arrays[:4], 0 * arrays[4], behind, 0 * g if causal else LENGTH - 1 - g)
     expected = (expected.out, expected.dq, expected.dk, expected.dv)
     errors = [oracle.error(a, b) for a, b in zip(found, expected)]
     assert max(errors) <= bound, errors

@@ -133,14 +133,17 @@ def test_torch_answers_line_by_line(tmp_path):
     """A script of PyTorch's that dies half way leaves what it has measured; the rest says why."""
     python = tmp_path / "python"
     code = (
-        "import json,sys; r=json.load(open(sys.argv[2])); f=open(sys.argv[3],'w');"
-        "f.write(json.dumps({'case': r['cases'][0], 'seconds': [1.0]})+chr(10)); f.flush(); raise SystemError('gone')"
+        "import json,os,sys; r=json.load(open(sys.argv[2])); f=open(sys.argv[3],'w');"
+        "beside=sorted(os.listdir(os.path.dirname(sys.argv[1])));"
+        "f.write(json.dumps({'case': r['cases'][0], 'seconds': [1.0], 'beside': beside})+chr(10)); f.flush();"
+        "raise SystemError('gone')"
     )
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
     python.chmod(0o755)
     options = dict(python=str(python), devices=None, repeats=1, warmup=1, run_seconds=0.1, say=lambda _: None)
     first, second = torch_peer.run([Workload("causal", 64, 4, 2, 8)], ["forward", "both"], **options)
     assert first["case"]["kind"] == "forward" and first["seconds"] == [1.0]
+    assert first["beside"] == ["answer.jsonl", "request.json", "torch_script.py"]  # no module of ours to import instead
     assert second["case"]["kind"] == "both" and "SystemError: gone" in second["error"]
 
 

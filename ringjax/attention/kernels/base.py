@@ -75,7 +75,8 @@ class Kernel:
     `forward` and `backward` serve any intervals (None: it has none), `dense` the rectangles of `Dense`.
     `unavailable()` says why the target cannot run it (None: it can). `refuses(q, k, v, score)` says why it does not
     serve these inputs (None: it does); shapes and dtypes are known when a function is traced. `fused`: it is one
-    program on the device, which rounds its results to the type of the inputs.
+    program on the device, which rounds its results to the type of the inputs. `separate`: its backward pass finds dQ,
+    and dK and dV, in programs of their own.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Kernel:
     refuses: Callable[[Array, Array, Array, Score], str | None] = lambda q, k, v, score: None
     dense: Dense | None = None
     fused: bool = False
+    separate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

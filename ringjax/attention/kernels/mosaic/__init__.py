@@ -86,4 +86,4 @@ def _capability() -> tuple[int, int] | None:
     return None
 
 
-KERNEL = Kernel("mosaic", forward, backward, unavailable=unavailable, refuses=refuses, fused=True)
+KERNEL = Kernel("mosaic", forward, backward, unavailable=unavailable, refuses=refuses, fused=True, separate=True)
