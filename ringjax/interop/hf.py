@@ -21,6 +21,7 @@ from ringjax.interop.hf_config import Description, read_hf_config, write_hf_conf
 from ringjax.interop.load import load_params
 from ringjax.interop.names import hf_recipes
 from ringjax.interop.tensors import INDEX, SINGLE, SafetensorsSource, TensorSource, read_json
+from ringjax.models.config import ModelConfig
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
 
@@ -54,6 +55,11 @@ def load_hf(
     NotImplementedError for a model that this library does not have.
     """
     config = dataclasses.replace(read_description(folder).config, dtype=dtype, param_dtype=param_dtype)
+    return load_weights(folder, config, parallel)
+
+
+def load_weights(folder: str | Path, config: ModelConfig, parallel: Parallel) -> Transformer:
+    """The model of `config` with the tensors of a folder."""
     source = SafetensorsSource(folder)
     if config.tie_embeddings and "lm_head.weight" in source.shapes:
         _require_tied(source)
