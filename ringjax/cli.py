@@ -1,4 +1,4 @@
-"""The command line: `ringjax train`, `generate`, `info`, `config show`, `tokenize`, `bench`.
+"""The command line: `ringjax train`, `generate`, `chat`, `convert`, `info`, `config show`, `tokenize`, `bench`.
 
 Exit codes, for people and supervisors:
 
@@ -219,22 +219,50 @@ def _tokenize(arguments: list[str]) -> int:
 
 def _generate(arguments: list[str]) -> int:
     from ringjax.inference.command import GenerateConfig, run_generate
+
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+        about = "Text, words for a picture (--picture), or a picture from words (--draw)."
+        _print_help(GenerateConfig("MODEL", "WORDS"), "ringjax generate MODEL", about)
+    hint = "put a prompt in quotes after --prompt"
+    print(run_generate(_read_options(GenerateConfig, arguments, "generate", {"run_dir": "MODEL"}, hint)))
+    return OK
+
+
+def _chat(arguments: list[str]) -> int:
+    from ringjax.inference.chat_command import ChatConfig, run_chat
+
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+        _print_help(ChatConfig("MODEL"), "ringjax chat MODEL", "Talk to a published model in the terminal.")
+    run_chat(_read_options(ChatConfig, arguments, "chat", {"model": "MODEL"}, "what you say is typed, or piped in"))
+    return OK
+
+
+def _convert(arguments: list[str]) -> int:
+    from ringjax.interop.command import ConvertConfig, run_convert
+
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+        about = "Weights from one project's form to another's; nothing is overwritten."
+        _print_help(ConvertConfig("SOURCE", "TARGET"), "ringjax convert SOURCE TARGET", about)
+    names = {"source": "SOURCE", "target": "TARGET"}
+    print(run_convert(_read_options(ConvertConfig, arguments, "convert", names, "--help lists the options")))
+    return OK
+
+
+def _read_options(kind, arguments: list[str], command: str, positional: dict[str, str], hint: str):
+    """The dataclass `kind` from one argument for each field of `positional`, and `--key value`."""
     from ringjax.training.typed import build
     from ringjax.training.yaml_tree import Item, parse_value, to_item
 
-    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
-        about = "Text, words for a picture (--picture), or a picture from words (--draw), by a trained run."
-        _print_help(GenerateConfig("RUN_DIR", "WORDS"), "ringjax generate RUN_DIR", about)
-    folders, pairs = split_overrides(arguments)
-    if len(folders) != 1:
-        found = " ".join(folders) or "none"
-        raise UsageError(f"ringjax generate takes one RUN_DIR, not {found}; put a prompt in quotes after --prompt")
+    given, pairs = split_overrides(arguments)
+    if len(given) != len(positional):
+        wanted, found = " ".join(positional.values()), " ".join(given) or "none"
+        one = "one " if len(positional) == 1 else ""
+        raise UsageError(f"ringjax {command} takes {one}{wanted}, not {found}; {hint}")
     # Words are taken as they are: a prompt of "7" is no number.
-    words = [field.name for field in dataclasses.fields(GenerateConfig) if field.type in (str, str | None)]
+    words = [field.name for field in dataclasses.fields(kind) if field.type in (str, str | None)]
     values = {k: to_item(v, f"--{k}") if k in words else parse_value(v, f"--{k}") for k, v in pairs}
-    values["run_dir"] = to_item(folders[0], "command line")
-    print(run_generate(build(GenerateConfig, Item(values, "command line"))))
-    return OK
+    values |= {field: to_item(value, "command line") for field, value in zip(positional, given)}
+    return build(kind, Item(values, "command line"))
 
 
 def _bench(arguments: list[str]) -> int:
@@ -313,8 +341,10 @@ COMMANDS = {
         _tokenize, "tokenize --inputs FILE … --output FOLDER", "text, pictures and clips to a data set"
     ),
     "generate": Command(
-        _generate, "generate RUN_DIR --prompt WORDS [--draw FILE]", "text, words for a picture, a picture from words"
+        _generate, "generate MODEL --prompt WORDS [--draw FILE]", "text, words for a picture, a picture from words"
     ),
+    "chat": Command(_chat, "chat MODEL", "talk to a published model"),
+    "convert": Command(_convert, "convert SOURCE TARGET", "weights of other projects, in and out"),
     "bench": Command(
         _bench, "bench attention | train CONFIG [--option value …]", "speed and memory, each result checked first"
     ),

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Temperature comes first, then `top_k`, then `top_p` of what is left.
+    """How a token is drawn. Temperature comes first, then `top_k`, then `top_p` of what is left, then `min_p`.
 
     Raises ValueError for a value outside its range.
     """
@@ -25,6 +25,8 @@ class Sampling:
     """Classifier-free guidance: how far to go from the logits without the condition to those with it; 1: not used."""
     seed: int = 0
     """Of the random numbers. A row's numbers depend on the seed and its place in the batch, not on the other rows."""
+    min_p: float | None = None
+    """Only tokens at least this likely, as a share of the likeliest one (Nguyen et al. 2024, arXiv:2407.01082)."""
 
     def __post_init__(self):
         _require(
@@ -32,6 +34,7 @@ class Sampling:
         )
         _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1, or None")
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1, or None")
+        _require(self.min_p is None or 0 < self.min_p <= 1, "min_p", self.min_p, "above 0 and at most 1, or None")
         _require(math.isfinite(self.guidance), "guidance", self.guidance, "a finite number; 1 switches it off")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
 
@@ -57,6 +60,8 @@ def sample(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampli
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p is not None:
         logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p is not None:
+        logits = keep_min_p(logits, sampling.min_p)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
@@ -73,3 +78,8 @@ def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
     before = jnp.cumsum(chances, axis=-1) - chances  # of all likelier tokens: the one that crosses p stays
     least = jnp.min(ordered, axis=-1, keepdims=True, where=before < p, initial=jnp.inf)
     return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def keep_min_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+    """−inf for tokens less likely than `p` times the likeliest one of their row."""
+    return jnp.where(logits >= jnp.max(logits, axis=-1, keepdims=True) + math.log(p), logits, -jnp.inf)

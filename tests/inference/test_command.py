@@ -54,7 +54,7 @@ def test_drawings_depend_on_the_seed_only():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to begin with; give --prompt, or --picture"),
+        ([], "nothing to begin with; give --prompt, --prompt_file or --picture"),
         (["--draw", "a.png"], "draw needs a prompt"),
         (["--draw", "a.jpg", "--prompt", "a"], "must be the name of a .png file"),
         (["--draw", "a.png", "--prompt", "a", "--picture", "b.png"], "two different tasks"),

@@ -46,6 +46,14 @@ def test_top_p_keeps_the_fewest_that_reach_p(p, kept):
     assert finite.tolist() == (shuffled < kept).tolist()
 
 
+def test_min_p_is_a_share_of_the_likeliest():
+    np.testing.assert_allclose(drawn(Sampling(min_p=0.5)), CHANCES * [1, 1, 0, 0] / 0.8, atol=0.03)
+    np.testing.assert_allclose(drawn(Sampling(min_p=0.05)), CHANCES, atol=0.03)
+    np.testing.assert_allclose(drawn(Sampling(min_p=1.0)), [1, 0, 0, 0], atol=0)
+    with pytest.raises(ValueError, match="min_p 0 must be above 0"):
+        Sampling(min_p=0)
+
+
 def test_top_k_keeps_ties_and_allows_more_than_there_are():
     logits = jnp.asarray([[1.0, 2.0, 2.0, 0.0]])
     assert np.isfinite(keep_top_k(logits, 1)).tolist() == [[False, True, True, False]]

@@ -1,0 +1,111 @@
+"""`ringjax chat MODEL`: a conversation in the terminal."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+from ringjax.inference.sampling import Sampling
+from ringjax.inference.session import Session
+from ringjax.inference.text_model import TextModel
+
+HELP = "/reset begins anew, /exit (or Ctrl-D) ends"
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a published model; the conversation stays in its cache from turn to turn."""
+
+    model: str
+    """A Hugging Face folder, or a .gguf file."""
+    system: str | None = None
+    """What the model is told before the first turn; null: what its template says."""
+    template: str | None = None
+    """chatml, lwm, or a file with a chat template; null: the model's own."""
+    context: int | None = None
+    """Tokens of the conversation at most; null: what the model was trained for."""
+    max_new_tokens: int = 512
+    """Tokens of an answer at most."""
+    temperature: float = 0.2
+    """Logits are divided by it; 0: always the most likely token."""
+    top_k: int | None = None
+    """Only the k most likely tokens."""
+    top_p: float | None = None
+    """Only the most likely tokens that together reach this probability."""
+    min_p: float | None = None
+    """Only tokens at least this likely, as a share of the likeliest one."""
+    stop: str | None = None
+    """Text that ends an answer; it is not shown."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights, cache and products."""
+    seed: int = 0
+    """Of the random numbers."""
+
+    def __post_init__(self):
+        for name in ("context", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
+        if self.stop == "":
+            raise ValueError("stop '' would end every answer at once; give some text, or leave it out")
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """The settings for sampling."""
+        return Sampling(self.temperature, self.top_k, self.top_p, min_p=self.min_p, seed=self.seed)
+
+
+def run_chat(
+    config: ChatConfig, lines: Iterable[str] | None = None, write: Callable[[str], None] | None = None
+) -> None:
+    """Answers each of `lines` (None: what people type) until they end, or `/exit`."""
+    write = write or _write
+    model = TextModel.load(config.model, dtype=config.dtype, template=config.template)
+    model.chat_ids([{"role": "user", "content": ""}])  # whether it can chat at all, before anybody types
+    session = model.session(config.context or model.context)
+    write(f"{config.model}: a context of {session.capacity} tokens; {HELP}\n")
+    messages = beginning = [{"role": "system", "content": config.system}] if config.system else []
+    for line in _typed() if lines is None else lines:
+        line = line.strip()
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages = beginning
+        elif line:
+            messages = _turn(config, model, session, [*messages, {"role": "user", "content": line}], write)
+
+
+def _turn(config: ChatConfig, model: TextModel, session: Session, messages: list, write: Callable[[str], None]) -> list:
+    """The conversation with the answer; unchanged but for the question, which is taken back, where it can't be had."""
+    try:
+        ids = model.chat_ids(messages)
+        pieces = model.write(
+            session, ids, max_new_tokens=config.max_new_tokens, sampling=config.sampling(),
+            stops=() if config.stop is None else (config.stop,),
+        )  # fmt: skip
+        answer, times = "", []
+        for piece in pieces:
+            answer += piece
+            times.append(time.perf_counter())
+            write(piece)
+    except ValueError as error:  # too long, or the text of a special token: the conversation goes on without it
+        write(f"({error})\n")
+        return messages[:-1]
+    new = len(session.ids) - len(ids)
+    speed = f"{new / (times[-1] - times[0]):.1f} tokens/s, " if len(times) > 1 and new > 0 else ""
+    full = ", the context is full: /reset" if len(session.ids) >= session.capacity else ""
+    write(f"\n[{new + 1} tokens, {speed}context {len(session.ids)} of {session.capacity}{full}]\n")
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def _typed() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)

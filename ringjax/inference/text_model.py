@@ -1,0 +1,98 @@
+"""A published model that writes: its weights, its tokenizer and its chat template together."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ringjax.inference.chat_template import BUILT_IN, ChatTemplate, Message, special_tokens
+from ringjax.inference.sampling import Sampling
+from ringjax.inference.session import Session
+from ringjax.inference.streaming import stream_text
+from ringjax.inference.vocabulary import Vocabulary
+from ringjax.interop.published import Published, open_published
+from ringjax.models.parallel import Parallel
+from ringjax.models.transformer import Transformer
+
+_ONE_DEVICE = Parallel()
+
+
+@dataclasses.dataclass(frozen=True)
+class TextModel:
+    """A model with what it takes to talk to it. `stop_ids` end an answer; `context` is what it was trained for."""
+
+    model: Transformer
+    vocabulary: Vocabulary
+    template: ChatTemplate | None
+    stop_ids: tuple[int, ...]
+    context: int
+    parallel: Parallel = _ONE_DEVICE
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, parallel: Parallel = _ONE_DEVICE, dtype: str = "bfloat16", template: str | None = None
+    ) -> "TextModel":
+        """The model at `path` in `dtype`.
+
+        `template` is a file with a chat template or one of `chatml` and `lwm`; None: the model's own. Raises
+        FileNotFoundError, ValueError or NotImplementedError where a part is missing, damaged or not supported.
+        """
+        published = open_published(path)
+        vocabulary = Vocabulary.of(published)
+        found = _template(template, published)
+        size = published.description.config.vocab_size
+        beyond = [name for name, i in vocabulary.specials.items() if i >= size]
+        if beyond:
+            raise ValueError(f"{path}: tokens {', '.join(beyond[:4])} are beyond the model's vocabulary of {size}")
+        model = published.load(parallel, dtype=dtype, param_dtype=dtype)
+        stops = published.description.eos_ids
+        return cls(model, vocabulary, found, stops, published.description.context, parallel)
+
+    def session(self, capacity: int) -> Session:
+        """An empty cache with room for at least so many tokens."""
+        step = 2 * self.parallel.ring_size  # what every layout can cut
+        return Session(self.model, -(-capacity // step) * step, self.parallel)
+
+    def write(
+        self,
+        session: Session,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stops: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """The text after `ids` in pieces. What the session holds of their beginning already is not computed again."""
+        kept = min(_common(session.ids, ids), len(ids) - 1)
+        session.rewind(kept)
+        tokens = session.generate(
+            ids[kept:], max_new_tokens=max_new_tokens, stop_ids=self.stop_ids, sampling=sampling
+        )
+        return stream_text(tokens, self.vocabulary.whole_text, stops)
+
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation up to where the answer begins. Raises ValueError without a chat template."""
+        if self.template is None:
+            raise ValueError(
+                f"this model has no chat template; name one: --template {' | '.join(BUILT_IN)}, or a file of its own"
+            )
+        contents = [message["content"] for message in messages]
+        return self.vocabulary.encode_template(self.template.render(messages), contents)
+
+
+def _template(wanted: str | None, published: Published) -> ChatTemplate | None:
+    if wanted is None:
+        return ChatTemplate.of(published.settings)
+    tokens = special_tokens(published.settings)
+    if wanted in BUILT_IN:
+        return ChatTemplate(BUILT_IN[wanted], tokens)
+    if not Path(wanted).is_file():
+        raise FileNotFoundError(f"template {wanted!r} is neither {' nor '.join(BUILT_IN)} nor a file")
+    return ChatTemplate(Path(wanted).read_text("utf-8"), tokens)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids at the beginning are the same."""
+    for place, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return place
+    return min(len(a), len(b))

@@ -1,0 +1,133 @@
+"""A conversation's cache: the same tokens however they came into it, on any mesh; and text that streams."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ringjax.inference import generate_text, text_prompt
+from ringjax.inference.sampling import Sampling
+from ringjax.inference.session import Session
+from ringjax.inference.streaming import stream_text
+from ringjax.models import ModelConfig, Parallel, Transformer
+from tests.models import cases
+
+GREEDY = Sampling(temperature=0)
+PROMPT = np.random.default_rng(0).integers(0, 61, 37).tolist()
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(
+        width=32, ffn_width=48, layers=2, heads=4, kv_heads=2, vocab_size=62, vision_vocab_size=0, dtype="float32",
+        init_std=0.3, window=None,
+    )  # fmt: skip
+    return Transformer.create(config, 3)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return generate_text(model, [text_prompt(PROMPT)], max_new_tokens=12, sampling=GREEDY)[0].tolist()
+
+
+def tokens(session, ids=PROMPT, count=12, sampling=GREEDY, **options):
+    return list(session.generate(ids, max_new_tokens=count, sampling=sampling, **options))
+
+
+@pytest.mark.parametrize("chunk", [4, 16, 64])
+def test_chunks_make_no_difference(model, expected, chunk):
+    assert tokens(Session(model, 64, chunk=chunk)) == expected
+
+
+@pytest.mark.parametrize("layout", ["striped", "zigzag", "contiguous"])
+@pytest.mark.parametrize("axes", [(1, 1, 1, 2), (1, 1, 1, 8), (1, 2, 2, 2)])
+def test_any_mesh_and_layout(model, expected, layout, axes):
+    assert tokens(Session(model, 64, Parallel(cases.mesh(*axes), layout), chunk=16)) == expected
+
+
+def test_the_cache_is_cut_over_the_ring_and_stays_there(model):
+    session = Session(model, 64, Parallel(cases.mesh(1, 1, 2, 4)))
+    for _ in range(2):
+        assert session._cache.k.addressable_shards[0].data.shape == (2, 1, 16, 1, 8)
+        tokens(session)
+        session.rewind(3)
+
+
+def test_a_window_sees_no_further(model):
+    from ringjax.models.transformer import with_config
+
+    narrow = with_config(model, window=5)
+    expected = generate_text(narrow, [text_prompt(PROMPT)], max_new_tokens=12, sampling=GREEDY)[0].tolist()
+    assert tokens(Session(narrow, 64, chunk=8)) == expected != tokens(Session(model, 64))
+
+
+def test_going_on_and_going_back(model, expected):
+    """What is rewound leaves nothing behind; drawn tokens depend on their place only."""
+    session = Session(model, 64)
+    drawn = Sampling(temperature=1.0, seed=5)
+    first = tokens(session, sampling=drawn)
+    assert session.ids == PROMPT + first[:-1]
+    session.rewind(20)
+    tokens(session, [1, 2, 3], 4)
+    session.rewind(20)
+    assert tokens(session, PROMPT[20:]) == expected
+    session.rewind(36)
+    assert tokens(session, PROMPT[36:], sampling=drawn) == first
+    assert tokens(Session(model, 64), sampling=Sampling(temperature=1.0, seed=6)) != first
+
+
+def test_it_stops(model, expected):
+    session = Session(model, 64)
+    assert tokens(session, stop_ids=[expected[3]]) == expected[: expected.index(expected[3]) + 1]
+
+
+def test_a_full_cache_ends_the_answer_and_says_so_before(model, expected):
+    session = Session(model, 40)
+    assert tokens(session) == expected[:4] and len(session.ids) == 40
+    with pytest.raises(ValueError, match="1 tokens after the 40 in the cache do not fit its 40; ask for more with"):
+        session.feed([1])
+    with pytest.raises(ValueError, match="41 tokens after the 0"):
+        tokens(Session(model, 40), [1] * 41)
+    with pytest.raises(ValueError, match="nothing to go on from"):
+        tokens(session, [])
+
+
+def bytes_so_far(ids):
+    return bytes(ids).decode("utf-8", errors="replace").rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+TEXT = "naïve 日本語 \N{GRINNING FACE} and plain text, " * 4
+
+
+def test_text_comes_in_whole_characters():
+    pieces = list(stream_text(TEXT.encode(), bytes_so_far))
+    assert "".join(pieces) == TEXT and "日" in pieces and all("\N{REPLACEMENT CHARACTER}" not in p for p in pieces)
+    assert list(stream_text([], bytes_so_far)) == []
+
+
+@pytest.mark.parametrize("stops", [("plain",), ("an", "plain"), ("text, na",), ("never", "語 "), ("zzz",)])
+def test_stop_strings_are_never_shown(stops):
+    ends = [place for place in (TEXT.find(stop) for stop in stops) if place >= 0]
+    expected = TEXT[: min(ends, default=len(TEXT))]
+    ids = iter(TEXT.encode())
+    shown = ""
+    for piece in stream_text(ids, bytes_so_far, stops):
+        shown += piece
+        assert expected.startswith(shown)
+    assert shown == expected
+    assert (next(ids, None) is None) == (not ends)  # nothing more is asked of the model
+
+
+def test_an_unfinished_stop_string_is_shown_in_the_end():
+    assert "".join(stream_text(b"so it beg", bytes_so_far, ["begins"])) == "so it beg"
+
+
+def test_a_long_text_is_decoded_in_parts():
+    lengths = []
+
+    def whole_text(ids):
+        lengths.append(len(ids))
+        return bytes_so_far(ids)
+
+    long = list(itertools.chain.from_iterable(TEXT.encode() for _ in range(20)))
+    assert "".join(stream_text(long, whole_text)) == TEXT * 20 and max(lengths) <= 32
