@@ -136,7 +136,9 @@ def _write_shards(tensors: Iterator[tuple[str, np.ndarray]], folder: Path, most:
 
     def write() -> None:
         shards.append(list(held))
-        save_file(held, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        file = folder / f"{len(shards)}.part"
+        save_file(held, file, metadata={"format": "pt"})
+        file.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it readable to its owner only
         held.clear()
 
     for name, tensor in tensors:

@@ -1,0 +1,145 @@
+"""`ringjax convert SOURCE TARGET`: weights from one form to another.
+
+    SOURCE   a Hugging Face folder, a .gguf file, an LWM stream (.msgpack), or the folder of a run of `ringjax train`
+    TARGET   the name of a Hugging Face folder, or of an LWM stream (….msgpack)
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ringjax.interop import lwm
+from ringjax.interop.hf import save_hf
+from ringjax.interop.load import load_params
+from ringjax.interop.published import is_published, open_published
+from ringjax.models.transformer import Transformer
+
+LWM_SUFFIX = ".msgpack"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Weights of other projects in and out."""
+
+    source: str
+    """A Hugging Face folder, a .gguf file, an LWM stream (.msgpack) or a run folder of `ringjax train`."""
+    target: str
+    """The name of a Hugging Face folder, or of an LWM stream (….msgpack), that is not there yet."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the weights that are written."""
+    shard_gib: float = 5.0
+    """A Hugging Face folder's files are at most this large, each."""
+    text_only: bool = False
+    """Leave the vision tables of an any-to-any model out: Hugging Face's LLaMA has none."""
+    heads: int | None = None
+    """For an LWM stream, which doesn't say: query heads; null: those of LWM's size with its shapes."""
+    rope_theta: float | None = None
+    """For an LWM stream, which doesn't say: RoPE's base; null: 10000."""
+    context: int | None = None
+    """Tokens of the context, for config.json; null: what the source says (an LWM stream says nothing)."""
+    scanned: bool = True
+    """For an LWM stream: whether the layers are stacked, as LWM publishes them."""
+
+    def __post_init__(self):
+        if not self.shard_gib > 0:
+            raise ValueError(f"shard_gib {self.shard_gib} must be above 0")
+        for name in ("heads", "context"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    model: Transformer
+    context: int | None
+    tokenizer: Path | Mapping[str, str] | None = None
+    tokens: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def run_convert(config: ConvertConfig) -> str:
+    """Converts, and says what was written.
+
+    Raises FileExistsError for a target that is there, and what reading the source raises.
+    """
+    target = Path(config.target)
+    if target.exists():
+        raise FileExistsError(f"{target} is there already; give another name, or remove it")
+    source = _read(config)
+    model, what = source.model, f"{config.source} -> {target}"
+    if config.text_only and model.vte is not None:
+        model = text_part(model)
+    if target.suffix == LWM_SUFFIX:
+        _write_lwm(model, target, config)
+        return f"{what}: an LWM stream, {config.dtype}, {'scanned' if config.scanned else 'a tensor a layer'}"
+    context = config.context or source.context
+    if context is None:
+        raise ValueError(f"{config.source} does not say its context, and config.json must: give --context TOKENS")
+    save_hf(
+        model, target, context=context, dtype=config.dtype, shard_bytes=int(config.shard_gib * 2**30),
+        tokenizer=source.tokenizer, tokens=source.tokens,
+    )  # fmt: skip
+    files = sorted(target.glob("*.safetensors"))
+    total = sum(file.stat().st_size for file in files)
+    return f"{what}: a Hugging Face folder, {config.dtype}, {total / 2**30:.2f} GiB in {len(files)} file(s)"
+
+
+def _write_lwm(model: Transformer, target: Path, config: ConvertConfig) -> None:
+    if model.config.qkv_bias or model.config.tie_embeddings:
+        what = "biases" if model.config.qkv_bias else "tied embeddings"
+        raise NotImplementedError(f"an LWM stream has no {what}; write a Hugging Face folder")
+    dtype = jnp.dtype(config.dtype)
+    params = nnx.to_flat_state(nnx.state(model))
+    arrays = ((path, lambda leaf=leaf: np.asarray(leaf.get_value()).astype(dtype)) for path, leaf in params)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lwm.save_lwm(arrays, target, scanned=config.scanned, layers=model.config.layers)
+
+
+def text_part(model: Transformer) -> Transformer:
+    """An any-to-any model without its vision table and head."""
+    config = dataclasses.replace(model.config, vision_vocab_size=0)
+    state = dict(nnx.to_flat_state(nnx.state(model)))
+    kept = [(path, state[path]) for path, _ in nnx.to_flat_state(nnx.state(Transformer.abstract(config)))]
+    return nnx.merge(nnx.graphdef(Transformer.abstract(config)), nnx.from_flat_state(kept))
+
+
+def _read(config: ConvertConfig) -> _Source:
+    source = Path(config.source)
+    if source.suffix == LWM_SUFFIX or (source.is_file() and source.suffix != ".gguf"):
+        return _read_lwm(config, source)
+    if is_published(source):
+        published = open_published(source)
+        about = published.description
+        ends = about.eos_ids[0] if len(about.eos_ids) == 1 else list(about.eos_ids)
+        tokens = {"bos_token_id": about.bos_id, "eos_token_id": ends or None}
+        return _Source(published.load(param_dtype=config.dtype), about.context, published.tokenizer, tokens)
+    return _read_run(source)
+
+
+def _read_lwm(config: ConvertConfig, path: Path) -> _Source:
+    source = lwm.LwmSource(path)
+    shape = dataclasses.replace(lwm.shape_of_stream(source, config.heads), param_dtype=config.dtype)
+    if config.rope_theta is not None:
+        shape = dataclasses.replace(shape, rope_theta=config.rope_theta)
+    model = load_params(shape, source, lwm.lwm_recipes(shape, lwm.is_scanned(source)))
+    return _Source(model, None)
+
+
+def _read_run(folder: Path) -> _Source:
+    from ringjax.training.checkpoint import restore_model
+    from ringjax.training.load import load_config
+
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"{folder} is neither a run folder (config.yaml), a Hugging Face folder (config.json), a .gguf file nor an"
+            f" LWM stream ({LWM_SUFFIX})"
+        )
+    run = load_config(folder / "config.yaml")
+    stage = run.stage_list[-1]
+    _, model = restore_model(folder)
+    tokenizer = Path(stage.data.tokenizer)
+    return _Source(model, stage.training.seq_len, tokenizer if tokenizer.exists() else None)
