@@ -37,8 +37,8 @@ class ChatConfig:
     """Only tokens at least this likely, as a share of the likeliest one."""
     stop: str | None = None
     """Text that ends an answer; it is not shown."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of weights, cache and products."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of weights, cache and products; null: bfloat16, but float32 on CPUs."""
     seed: int = 0
     """Of the random numbers."""
 

@@ -10,13 +10,15 @@ from jax.sharding import NamedSharding
 
 from ringjax.attention import layouts
 from ringjax.inference.sampling import Sampling, sample
-from ringjax.models.cache import KVCache
+from ringjax.models.cache import KVCache, widen
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
 
 _ONE_DEVICE = Parallel()
 _AXES = ("layers", "batch", "sequence", "kv_heads", None)
 CHUNK, SMALLEST = 512, 8
+# The cache begins with room for so many tokens and doubles as it fills: a token costs what the cache holds.
+FIRST_ROOM = 1024
 
 
 class Session:
@@ -31,7 +33,8 @@ class Session:
         self.ids: list[int] = []
         self._graph, params = nnx.split(model)
         self._params = params if parallel.mesh is None else jax.device_put(params, parallel.param_shardings(params))
-        self._cache = _empty(model, capacity, parallel)
+        movable = parallel.ring_size == 1 or parallel.layout == "striped"  # a longer shard keeps its tokens in place
+        self._cache = _empty(model, min(capacity, FIRST_ROOM) if movable else capacity, parallel)
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -78,6 +81,8 @@ class Session:
         while size < len(ids):
             size *= 2  # few sizes, so few programs
         tokens = jnp.asarray([[*ids, *[0] * (size - len(ids))]], jnp.int32)
+        while self._cache.capacity < min(len(self.ids) + len(ids), self.capacity):
+            self._cache = _grown(self._cache, min(2 * self._cache.capacity, self.capacity), self.parallel)
         # The cache's own count would include what fills up a chunk.
         cache = self._cache._replace(lengths=jnp.asarray([len(self.ids)], jnp.int32))
         token, self._cache = _step(
@@ -96,6 +101,13 @@ def _step(params, cache: KVCache, tokens, count, place, *, graph, sampling: Samp
     last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
     key = jax.random.fold_in(jax.random.key(sampling.seed), place)
     return sample(model.text_logits(last), key[None], sampling)[0], cache
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "parallel"))
+def _grown(cache: KVCache, capacity: int, parallel: Parallel) -> KVCache:
+    """The cache with room for more; no token changes its device."""
+    wider = jax.vmap(lambda x: widen(x, capacity, parallel))
+    return cache._replace(k=wider(cache.k), v=wider(cache.v))
 
 
 def _empty(model: Transformer, capacity: int, parallel: Parallel) -> KVCache:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
+
 from ringjax.inference.chat_template import BUILT_IN, ChatTemplate, Message, special_tokens
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.session import Session
@@ -29,13 +31,19 @@ class TextModel:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, parallel: Parallel = _ONE_DEVICE, dtype: str = "bfloat16", template: str | None = None
+        cls,
+        path: str | Path,
+        *,
+        parallel: Parallel = _ONE_DEVICE,
+        dtype: str | None = None,
+        template: str | None = None,
     ) -> "TextModel":
-        """The model at `path` in `dtype`.
+        """The model at `path` in `dtype` (None: bfloat16, but float32 on CPUs, which are slower with less).
 
         `template` is a file with a chat template or one of `chatml` and `lwm`; None: the model's own. Raises
         FileNotFoundError, ValueError or NotImplementedError where a part is missing, damaged or not supported.
         """
+        dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         published = open_published(path)
         vocabulary = Vocabulary.of(published)
         found = _template(template, published)

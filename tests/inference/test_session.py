@@ -39,9 +39,24 @@ def test_chunks_make_no_difference(model, expected, chunk):
     assert tokens(Session(model, 64, chunk=chunk)) == expected
 
 
-@pytest.mark.parametrize("layout", ["striped", "zigzag", "contiguous"])
-@pytest.mark.parametrize("axes", [(1, 1, 1, 2), (1, 1, 1, 8), (1, 2, 2, 2)])
-def test_any_mesh_and_layout(model, expected, layout, axes):
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "axes, layout",
+    [
+        ((1, 1, 1, 8), "striped"),
+        ((1, 1, 1, 8), "zigzag"),
+        ((1, 1, 1, 2), "contiguous"),
+        ((1, 2, 2, 2), "striped"),
+        *(
+            pytest.param(axes, layout, marks=SLOW)
+            for axes in ((1, 1, 1, 2), (1, 1, 1, 4), (1, 2, 2, 2), (2, 1, 2, 2))
+            for layout in ("striped", "zigzag", "contiguous")
+        ),
+    ],
+)
+def test_any_mesh_and_layout(model, expected, axes, layout):
     assert tokens(Session(model, 64, Parallel(cases.mesh(*axes), layout), chunk=16)) == expected
 
 
@@ -51,6 +66,16 @@ def test_the_cache_is_cut_over_the_ring_and_stays_there(model):
         assert session._cache.k.addressable_shards[0].data.shape == (2, 1, 16, 1, 8)
         tokens(session)
         session.rewind(3)
+
+
+@pytest.mark.parametrize("axes, layout", [(None, "striped"), ((1, 1, 1, 4), "striped"), ((1, 1, 1, 4), "zigzag")])
+def test_a_cache_grows_as_it_fills(model, expected, monkeypatch, axes, layout):
+    monkeypatch.setattr("ringjax.inference.session.FIRST_ROOM", 8)
+    session = Session(model, 56, Parallel(None if axes is None else cases.mesh(*axes), layout), chunk=8)
+    rooms = [session._cache.capacity]
+    assert tokens(session) == expected
+    rooms.append(session._cache.capacity)
+    assert rooms == ([56, 56] if layout == "zigzag" else [8, 56])
 
 
 def test_a_window_sees_no_further(model):

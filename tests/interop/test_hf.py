@@ -14,7 +14,7 @@ from ringjax.interop.hf_config import read_hf_config, write_hf_config
 from ringjax.interop.names import hf_recipes
 from ringjax.interop.tensors import INDEX, SafetensorsSource
 from ringjax.models import ModelConfig, Parallel, Transformer
-from tests.interop import families, make_golden
+from tests.interop import families, make_golden, parity
 from tests.models import cases
 
 TOLERANCE = 1e-4  # of logits of about 10, float32 on both sides
@@ -33,9 +33,7 @@ def folder(tmp_path):
 
 
 def logits(model) -> np.ndarray:
-    ids = families.tokens()
-    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    return np.asarray(model.text_logits(model.hidden(ids, np.zeros(ids.shape, bool), positions)))
+    return parity.logits(model, families.tokens())
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
