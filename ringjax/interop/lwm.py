@@ -18,12 +18,14 @@ from typing import NoReturn
 import ml_dtypes
 import msgpack
 import numpy as np
+from flax import nnx
 
 from ringjax.interop import names
 from ringjax.interop.names import Recipe
 from ringjax.interop.tensors import Index, TensorSource
 from ringjax.models.config import ModelConfig
 from ringjax.models.sizes import SIZES
+from ringjax.models.transformer import Transformer
 
 _FLOATS = {x.name: x for x in map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32, np.float64))}
 _ARRAY_CODE, _CHUNKED = 1, "__msgpack_chunked_array__"  # flax's marks
@@ -61,16 +63,17 @@ class LwmSource:
         self.path = Path(path)
         if not self.path.stat().st_size:
             raise ValueError(f"{self.path} is empty, not an LWM stream; fetch it again")
-        self._content = np.memmap(self.path, np.uint8, "r")
+        self._content = np.asarray(np.memmap(self.path, np.uint8, "r"))
         self._places: dict[str, _Place] = {}
         self._index()
         self.shapes: dict[str, tuple[int, ...]] = {name: place.shape for name, place in self._places.items()}
 
     def read(self, name: str, index: Index) -> np.ndarray:
         place = self._places[name]
-        part = self._flat(place, 0, math.prod(place.shape)).reshape(place.shape)[index] \
-            if len(place.chunks) == 1 else self._rows(place, index)  # fmt: skip
-        return np.array(part).view(place.dtype)
+        if len(place.chunks) > 1:
+            return self._rows(place, index).view(place.dtype)
+        whole = self._flat(place, 0, math.prod(place.shape)).reshape(place.shape)
+        return np.array(whole[index]).view(place.dtype)
 
     def _index(self) -> None:
         cursor, name = _Cursor(self._content, 0, len(self._content)), None
@@ -150,7 +153,9 @@ def _read_array(cursor: "_Cursor") -> tuple[tuple[int, ...], np.dtype, int]:
     raw = ext.inside("bytes")
     ext.close()
     needed = math.prod(shape) * _FLOATS[name].itemsize
-    if 0 in shape or raw.end - raw.at != needed:
+    if not needed:
+        ext.fail(f"an empty array, {list(shape)}", start)
+    if raw.end - raw.at != needed:
         ext.fail(f"{raw.end - raw.at} bytes, and {name}{list(shape)} takes {needed}", raw.start)
     return shape, _FLOATS[name], raw.at
 
@@ -288,13 +293,13 @@ def lwm_recipes(config: ModelConfig, scanned: bool) -> dict[names.Path, Recipe]:
     if config.qkv_bias:
         raise ValueError("qkv_bias True: LWM's weights have no biases; use Hugging Face's form")
     found = {}
-    for path, shape in _shapes(config).items():
+    for path, leaf in nnx.to_flat_state(nnx.state(Transformer.abstract(config))):
+        shape = leaf.get_value().shape
         if path[0] == "h" and not scanned:
             layers = tuple(_name(path, str(i)) for i in range(config.layers))
-            found[path] = Recipe(layers, shape, stacked=True)
+            found[path] = Recipe(layers, shape[1:], stacked=True)
         else:
-            whole = (config.layers, *shape) if path[0] == "h" else shape
-            found[path] = Recipe((_name(path, _SCAN),), whole, stacked=False)
+            found[path] = Recipe((_name(path, _SCAN),), shape, stacked=False)
     return found
 
 
@@ -334,32 +339,6 @@ def shape_of_stream(source: TensorSource, heads: int | None = None) -> ModelConf
         f"{source.path} has width {width}, ffn_width {ffn_width}, layers {layers}, and no size of LWM has: the number"
         " of heads is not in the file; give it (--heads)"
     )
-
-
-def _shapes(config: ModelConfig) -> dict[names.Path, tuple[int, ...]]:
-    """Of every parameter, layers not stacked."""
-    width, hidden = config.width, config.ffn_width
-    q, kv = config.heads * config.head_size, config.key_heads * config.head_size
-    found = {
-        ("wte", "embedding"): (config.vocab_size, width),
-        ("h", "attention", "wq", "kernel"): (width, q),
-        ("h", "attention", "wk", "kernel"): (width, kv),
-        ("h", "attention", "wv", "kernel"): (width, kv),
-        ("h", "attention", "wo", "kernel"): (q, width),
-        ("h", "feed_forward", "w1", "kernel"): (width, hidden),
-        ("h", "feed_forward", "w2", "kernel"): (hidden, width),
-        ("h", "feed_forward", "w3", "kernel"): (width, hidden),
-        ("h", "attention_norm", "kernel"): (width,),
-        ("h", "ffn_norm", "kernel"): (width,),
-        ("ln_f", "kernel"): (width,),
-    }
-    if not config.tie_embeddings:
-        found["lm_head", "kernel"] = (width, config.vocab_size)
-    if config.vision_vocab_size:
-        found["vte", "embedding"] = (config.vision_vocab_size, width)
-        if not config.tie_embeddings:
-            found["vision_head", "kernel"] = (width, config.vision_vocab_size)
-    return found
 
 
 def _name(path: names.Path, layer: str) -> str:

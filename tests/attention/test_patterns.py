@@ -98,7 +98,7 @@ def test_patterns_are_what_the_intervals_say(layout, ring_size):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("unroll", [True, False])
-@pytest.mark.parametrize("ring_size", [1, 2, 4])
+@pytest.mark.parametrize("ring_size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("layout", rj.layouts.LAYOUTS)
 def test_ring_of_dense_hops(dense, layout, ring_size, unroll, causal):
     check(dense, layout, ring_size, causal, unroll=unroll)

@@ -196,7 +196,7 @@ def test_a_codebook_beyond_the_models_is_refused(tmp_path, pictures):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("end", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_an_interrupted_run_leaves_no_data_set(tmp_path, end):
     lines = write_jsonl(tmp_path / "a.jsonl", [{"fields": "text", "text": "word " * 20_000}] * 3000)
     program = tmp_path / "run.py"

@@ -77,7 +77,7 @@ def test_keeps_what_it_says():
     assert stacked("none")["device"] > 5 * stream
 
 
-@pytest.mark.parametrize("policy", ["none", "save_attention"])
+@pytest.mark.parametrize("policy", ["none", pytest.param("save_attention", marks=pytest.mark.slow)])
 def test_unrolled_layers_change_nothing(runs, policy):
     """Neither the gradient nor, with a policy, what is forgotten: the recomputation stays its own."""
     parallel = Parallel(cases.mesh(1, 1, 1, 4))

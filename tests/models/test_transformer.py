@@ -81,7 +81,7 @@ def one_device():
         ((1, 2, 2, 2), "striped", "ring"),
         pytest.param((1, 1, 4, 2), "contiguous", "ring", marks=pytest.mark.slow),
         ((2, 1, 1, 4), "zigzag", "ring"),
-        ((1, 1, 1, 8), "striped", "ring"),
+        pytest.param((1, 1, 1, 8), "striped", "ring", marks=pytest.mark.slow),
         ((1, 4, 1, 2), "striped", "ulysses"),
         pytest.param((1, 1, 2, 4), "zigzag", "all_gather", marks=pytest.mark.slow),
     ],
@@ -110,7 +110,7 @@ def test_bfloat16_stays_close_and_keeps_float32_parameters():
     assert np.linalg.norm(np.asarray(states, np.float64) - expected) / np.linalg.norm(expected) < 0.03
 
 
-@pytest.mark.parametrize("ffn_chunk", [None, 8])
+@pytest.mark.parametrize("ffn_chunk", [None, pytest.param(8, marks=pytest.mark.slow)])
 def test_nothing_as_long_as_the_sequence_is_gathered(ffn_chunk):
     """Every collective of a training step carries a parameter or one device's keys and values, no more."""
     length, config = 1024, changed(ffn_chunk=ffn_chunk, qkv_bias=False)
