@@ -2,6 +2,8 @@
 
     SOURCE   a Hugging Face folder, a .gguf file, an LWM stream (.msgpack), or the folder of a run of `ringjax train`
     TARGET   the name of a Hugging Face folder, or of an LWM stream (….msgpack)
+
+and LWM's VQGAN, a pickle that is read without being executed, to the .safetensors that `--image_tokenizer` takes.
 """
 
 import dataclasses
@@ -18,8 +20,9 @@ from ringjax.interop.hf import save_hf
 from ringjax.interop.load import load_params
 from ringjax.interop.published import is_published, open_published
 from ringjax.models.transformer import Transformer
+from ringjax.models.vqgan import save_vqgan
 
-LWM_SUFFIX = ".msgpack"
+LWM_SUFFIX, VQGAN_SUFFIX = ".msgpack", ".safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +30,9 @@ class ConvertConfig:
     """Weights of other projects in and out."""
 
     source: str
-    """A Hugging Face folder, a .gguf file, an LWM stream (.msgpack) or a run folder of `ringjax train`."""
+    """A Hugging Face folder, a .gguf file, an LWM stream (.msgpack), LWM's VQGAN (a pickle) or a run folder."""
     target: str
-    """The name of a Hugging Face folder, or of an LWM stream (….msgpack), that is not there yet."""
+    """The name of a Hugging Face folder, of an LWM stream (….msgpack) or of a VQGAN (….safetensors): a new one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the weights that are written."""
     shard_gib: float = 5.0
@@ -69,6 +72,11 @@ def run_convert(config: ConvertConfig) -> str:
     target = Path(config.target)
     if target.exists():
         raise FileExistsError(f"{target} is there already; give another name, or remove it")
+    if target.suffix == VQGAN_SUFFIX:
+        from ringjax.interop.pickled import load_vqgan_pickle
+
+        save_vqgan(load_vqgan_pickle(config.source), target)
+        return f"{config.source} -> {target}: LWM's VQGAN, float32"
     source = _read(config)
     model, what = source.model, f"{config.source} -> {target}"
     if config.text_only and model.vte is not None:

@@ -5,6 +5,7 @@ import json
 import chex
 import jax
 import pytest
+from flax import nnx
 
 from ringjax import cli
 from ringjax.inference.text_model import TextModel
@@ -102,6 +103,21 @@ def test_wrong_calls(tmp_path, capsys, monkeypatch, arguments, message):
     families.write(tmp_path / "tied", families.FAMILIES["tied"])
     assert message in convert(capsys, *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "tied"]
+
+
+def test_a_vqgan_pickle(tmp_path, capsys, monkeypatch):
+    from ringjax.interop import pickled
+    from ringjax.models import vqgan
+
+    small = vqgan.DIGITS
+    model = vqgan.VQGAN(small, nnx.Rngs(0))
+    monkeypatch.setattr(pickled, "load_vqgan_pickle", lambda path: model)
+    assert "LWM's VQGAN" in convert(capsys, tmp_path / "vqgan", tmp_path / "vqgan.safetensors")
+    assert vqgan.vqgan_fingerprint(vqgan.load_vqgan(tmp_path / "vqgan.safetensors")) == vqgan.vqgan_fingerprint(model)
+    (tmp_path / "evil").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    monkeypatch.undo()
+    said = convert(capsys, tmp_path / "evil", tmp_path / "other.safetensors")
+    assert "os.system" in said and not (tmp_path / "other.safetensors").exists()
 
 
 def test_a_stream_says_no_context(tmp_path, capsys):
