@@ -304,6 +304,10 @@ BAD = {
     "no bytes": (record(("a",), 3), "int, where bytes"),
     "other ext": (record(("a",), msgpack.packb(msgpack.ExtType(3, b"x"))), "ext type 3"),
     "ext of junk": (record(("a",), msgpack.packb(msgpack.ExtType(1, b"x"))), "int, where array"),
+    "more in the ext": (
+        record(("a",), msgpack.packb(msgpack.ExtType(1, msgpack.packb(((1,), "float32", bytes(4))) + b"\x01"))),
+        "1 bytes too many",
+    ),
     "int32": (record(("a",), array((1,), "int32", bytes(4))), "a: int32, not one of bfloat16"),
     "objects": (record(("a",), array((1,), "object", bytes(8))), "object, not one of"),
     "void": (record(("a",), array((1,), "V2", bytes(2))), "V2, not one of"),

@@ -198,6 +198,7 @@ ODD = {
     "deep as a byte order": (
         b"cnumpy\ndtype\n(Vf4\ntR(K\x03" + b")" + b"\x85" * 100000 + b"NNNtb.", "structured"
     ),
+    "numbers with fields": (b"cnumpy\ndtype\n(Vf4\ntR(K\x03V<\nN(Vx\ntNtb.", "structured"),
     "deep as a key": (b"})" + b"\x85" * 100000 + b"Ns.", "keys are not all texts"),
     "long bytes": (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.", "breaks off"),
     "long number": (b"\x80\x04\x8b\xff\xff\xff\x7f.", "breaks off"),
