@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import ml_dtypes
 import msgpack
@@ -21,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from ringjax.interop import names
+from ringjax.interop.msgpack_cursor import Cursor, Fault
 from ringjax.interop.names import Recipe
 from ringjax.interop.tensors import Index, TensorSource
 from ringjax.models.config import ModelConfig
@@ -32,7 +32,7 @@ _ARRAY_CODE, _CHUNKED = 1, "__msgpack_chunked_array__"  # flax's marks
 _MAX_CHUNK = 2**30  # bytes; flax cuts larger tensors, since msgpack's lengths have 32 bits
 _MAX_RECORD = 2**32 - 1  # bytes
 # Generous bounds, so that a hostile file is refused before it fills the memory.
-_MOST_TENSORS, _MOST_PARTS, _MOST_AXES, _LONGEST_TEXT = 2**16, 16, 8, 256
+_MOST_TENSORS, _MOST_PARTS, _MOST_AXES = 2**16, 16, 8
 
 _LAYERS = "transformer/h"
 _SCAN = "scan_decoder"
@@ -76,7 +76,7 @@ class LwmSource:
         return np.array(whole[index]).view(place.dtype)
 
     def _index(self) -> None:
-        cursor, name = _Cursor(self._content, 0, len(self._content)), None
+        cursor, name = Cursor(self._content, 0, len(self._content)), None
         try:
             while cursor.at < cursor.end:
                 name, start = None, cursor.at
@@ -88,7 +88,7 @@ class LwmSource:
                 if len(self._places) == _MOST_TENSORS:
                     cursor.fail(f"more than {_MOST_TENSORS} tensors", start)
                 self._places[name] = _read_tensor(cursor.inside("bytes"))
-        except _Fault as fault:
+        except Fault as fault:
             where = f"byte {fault.at}" + (f", {name}" if name else "")
             raise ValueError(
                 f"{self.path} is not a whole LWM stream of parameters: {where}: {fault}; fetch or write it again"
@@ -115,7 +115,7 @@ class LwmSource:
         return found[0] if len(found) == 1 else np.concatenate(found)
 
 
-def _read_name(cursor: "_Cursor") -> str:
+def _read_name(cursor: Cursor) -> str:
     start, count = cursor.at, cursor.take("array")
     if not 1 <= count <= _MOST_PARTS:
         cursor.fail(f"a key of {count} parts, not 1 to {_MOST_PARTS}", start)
@@ -125,7 +125,7 @@ def _read_name(cursor: "_Cursor") -> str:
     return "/".join(parts)
 
 
-def _read_tensor(value: "_Cursor") -> _Place:
+def _read_tensor(value: Cursor) -> _Place:
     """From the bytes of a record, all of which must be used."""
     if value.peek() == "map":
         place = _read_chunked(value)
@@ -136,7 +136,7 @@ def _read_tensor(value: "_Cursor") -> _Place:
     return place
 
 
-def _read_array(cursor: "_Cursor") -> tuple[tuple[int, ...], np.dtype, int]:
+def _read_array(cursor: Cursor) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape, type and first byte of an array as flax packs one: ext 1 of (shape, type's name, bytes)."""
     ext = cursor.inside("ext")
     if ext.code != _ARRAY_CODE:
@@ -160,7 +160,7 @@ def _read_array(cursor: "_Cursor") -> tuple[tuple[int, ...], np.dtype, int]:
     return shape, _FLOATS[name], raw.at
 
 
-def _read_chunked(value: "_Cursor") -> _Place:
+def _read_chunked(value: Cursor) -> _Place:
     """A tensor that flax has cut: {mark: true, shape: {"0": …}, chunks: {"0": array, …}}."""
     start, fields = value.at, {}
     if value.take("map") != 3:
@@ -183,7 +183,7 @@ def _read_chunked(value: "_Cursor") -> _Place:
     return _Place(fields["shape"], dtypes.pop(), tuple((at, n) for (_, _, at), n in zip(fields["chunks"], sizes)))
 
 
-def _numbered(cursor: "_Cursor", most: int) -> Iterator[int]:
+def _numbered(cursor: Cursor, most: int) -> Iterator[int]:
     """The keys "0", "1", … of a map, with the cursor at each value."""
     start, count = cursor.at, cursor.take("map")
     if count > most:
@@ -192,97 +192,6 @@ def _numbered(cursor: "_Cursor", most: int) -> Iterator[int]:
         if cursor.text() != str(i):
             cursor.fail(f"item {i} of a map is not called so", start)
         yield i
-
-
-# --- msgpack --------------------------------------------------------------------------------------------------------
-
-# First byte: what follows, and how many bytes tell its length (or value).
-_HEAD = {0xC3: ("true", 0)}
-_HEAD |= {0xC4 + i: ("bytes", 2**i) for i in range(3)}
-_HEAD |= {0xC7 + i: ("ext", 2**i) for i in range(3)}
-_HEAD |= {0xCC + i: ("int", 2**i) for i in range(4)}
-_HEAD |= {0xD9 + i: ("text", 2**i) for i in range(3)}
-_HEAD |= {0xDC + i: ("array", 2 ** (i + 1)) for i in range(2)}
-_HEAD |= {0xDE + i: ("map", 2 ** (i + 1)) for i in range(2)}
-# First byte alone: what follows, and its length (or value).
-_WHOLE = {i: ("int", i) for i in range(128)}
-_WHOLE |= {0x80 + i: ("map", i) for i in range(16)}
-_WHOLE |= {0x90 + i: ("array", i) for i in range(16)}
-_WHOLE |= {0xA0 + i: ("text", i) for i in range(32)}
-_WHOLE |= {0xD4 + i: ("ext", 2**i) for i in range(5)}
-
-
-class _Fault(Exception):
-    def __init__(self, what: str, at: int):
-        super().__init__(what)
-        self.at = at
-
-
-class _Cursor:
-    """Msgpack between two bytes of a file. Copies nothing but texts; no length is used before it is checked.
-
-    Not msgpack's own Unpacker: it hands out every tensor as bytes, a stacked one of 2.9 GB too.
-    """
-
-    def __init__(self, content: np.ndarray, at: int, end: int, code: int | None = None):
-        self.content, self.start, self.at, self.end, self.code = content, at, at, end, code
-
-    def fail(self, what: str, at: int) -> NoReturn:
-        raise _Fault(what, at)
-
-    def peek(self) -> str:
-        """What comes next."""
-        at = self.at
-        kind, _ = self._head()
-        self.at = at
-        return kind
-
-    def take(self, wanted: str) -> int:
-        """The length (or value) of what must come next; the cursor goes behind its head."""
-        at = self.at
-        kind, length = self._head()
-        if kind != wanted:
-            self.fail(f"{kind}, where {wanted} belongs", at)
-        return length
-
-    def inside(self, wanted: str) -> "_Cursor":
-        """A cursor over the contents of bytes or an ext; this one goes behind them."""
-        length = self.take(wanted)
-        code = int(self.content[self._skip(1)]) if wanted == "ext" else None
-        at = self._skip(length)
-        return _Cursor(self.content, at, at + length, code)
-
-    def text(self) -> str:
-        at, length = self.at, self.take("text")
-        if length > _LONGEST_TEXT:
-            self.fail(f"text of {length} bytes, more than {_LONGEST_TEXT}", at)
-        try:
-            return self.content[self._skip(length) : self.at].tobytes().decode()
-        except UnicodeDecodeError:
-            self.fail("text that is not UTF-8", at)
-
-    def close(self) -> None:
-        """Raises unless all has been read."""
-        if self.at != self.end:
-            self.fail(f"{self.end - self.at} bytes too many", self.at)
-
-    def _head(self) -> tuple[str, int]:
-        at = self._skip(1)
-        first = int(self.content[at])
-        if first in _WHOLE:
-            return _WHOLE[first]
-        if first not in _HEAD:
-            self.fail(f"0x{first:02x}, which parameters do not need", at)
-        kind, size = _HEAD[first]
-        start = self._skip(size)
-        return kind, int.from_bytes(self.content[start : start + size].tobytes(), "big")
-
-    def _skip(self, length: int) -> int:
-        """Goes `length` bytes on; gives where it was."""
-        if length > self.end - self.at:
-            self.fail(f"breaks off: {length} bytes should follow, and {self.end - self.at} do", self.at)
-        self.at += length
-        return self.at - length
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
