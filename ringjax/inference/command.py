@@ -106,7 +106,7 @@ def _continue(config: GenerateConfig, sampling: Sampling) -> str:
     """Text by a published model, after the prompt as it is (a chat template is `ringjax chat`'s)."""
     from ringjax.inference.text_model import TextModel
 
-    if config.picture is not None or config.draw is not None:
+    if config.picture is not None or config.draw is not None or config.image_tokenizer is not None:
         raise NotImplementedError(f"{config.run_dir} is a model of text; pictures need a run that was trained on them")
     prompt = config.text()
     model = TextModel.load(config.run_dir)

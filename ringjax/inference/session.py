@@ -34,7 +34,8 @@ class Session:
         self._graph, params = nnx.split(model)
         self._params = params if parallel.mesh is None else jax.device_put(params, parallel.param_shardings(params))
         movable = parallel.ring_size == 1 or parallel.layout == "striped"  # a longer shard keeps its tokens in place
-        self._cache = _empty(model, min(capacity, FIRST_ROOM) if movable else capacity, parallel)
+        room = -(-FIRST_ROOM // parallel.ring_size) * parallel.ring_size  # each device's share is whole
+        self._cache = _empty(model, min(capacity, room) if movable else capacity, parallel)
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""

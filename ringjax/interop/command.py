@@ -72,6 +72,7 @@ def run_convert(config: ConvertConfig) -> str:
     target = Path(config.target)
     if target.exists():
         raise FileExistsError(f"{target} is there already; give another name, or remove it")
+    _check_options(config, Path(config.source), target)
     if target.suffix == VQGAN_SUFFIX:
         from ringjax.interop.pickled import load_vqgan_pickle
 
@@ -96,6 +97,25 @@ def run_convert(config: ConvertConfig) -> str:
     return f"{what}: a Hugging Face folder, {config.dtype}, {total / 2**30:.2f} GiB in {len(files)} file(s)"
 
 
+def _check_options(config: ConvertConfig, source: Path, target: Path) -> None:
+    """Raises ValueError for an option that says nothing about this conversion: it would be ignored."""
+    vqgan = target.suffix == VQGAN_SUFFIX
+    from_stream, to_stream = _is_stream(source) and not vqgan, target.suffix == LWM_SUFFIX
+    used = {
+        "dtype": not vqgan, "shard_gib": not (vqgan or to_stream), "text_only": not vqgan, "heads": from_stream,
+        "rope_theta": from_stream, "context": not (vqgan or to_stream), "scanned": to_stream,
+    }  # fmt: skip
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, serves in used.items():
+        value = getattr(config, name)
+        if value != defaults[name] and not serves:
+            raise ValueError(f"{name} {value} says nothing about {source.name} -> {target.name}; leave it out")
+
+
+def _is_stream(source: Path) -> bool:
+    return source.suffix == LWM_SUFFIX or (source.is_file() and source.suffix != ".gguf")
+
+
 def _write_lwm(model: Transformer, target: Path, config: ConvertConfig) -> None:
     if model.config.qkv_bias or model.config.tie_embeddings:
         what = "biases" if model.config.qkv_bias else "tied embeddings"
@@ -117,13 +137,13 @@ def text_part(model: Transformer) -> Transformer:
 
 def _read(config: ConvertConfig) -> _Source:
     source = Path(config.source)
-    if source.suffix == LWM_SUFFIX or (source.is_file() and source.suffix != ".gguf"):
+    if _is_stream(source):
         return _read_lwm(config, source)
     if is_published(source):
         published = open_published(source)
         about = published.description
-        ends = about.eos_ids[0] if len(about.eos_ids) == 1 else list(about.eos_ids)
-        tokens = {"bos_token_id": about.bos_id, "eos_token_id": ends or None}
+        ends = list(about.eos_ids) or None  # 0 is a token too
+        tokens = {"bos_token_id": about.bos_id, "eos_token_id": ends[0] if ends and len(ends) == 1 else ends}
         return _Source(published.load(param_dtype=config.dtype), about.context, published.tokenizer, tokens)
     return _read_run(source)
 

@@ -38,14 +38,22 @@ _REQUIRED = (
 )
 # Fields that say nothing about the logits of a forward pass.
 _HARMLESS = {
-    "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures", "attention_dropout",
-    "auto_map", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id",
-    "dtype", "eos_token_id", "finetuning_task", "id2label", "is_decoder", "is_encoder_decoder", "is_llama_config",
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
+    "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id",
+    "dtype", "eos_token_id", "finetuning_task", "id2label", "is_decoder", "is_llama_config",
     "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
     "return_dict", "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "transformers.js_config",
     "transformers_version", "use_cache",
 }  # fmt: skip
-_NULL_ONLY = ("quantization_config", "pruned_heads", "rope_interleaved")
+# What they say where they are not null, false or empty, and why that is not read.
+_EMPTY_ONLY = {
+    "quantization_config": "only weights that are not quantised are read",
+    "pruned_heads": "only whole models are read",
+    "rope_interleaved": "Hugging Face's LLaMA pairs the halves of a head",
+    "auto_map": "it has code of its own, which is not run",
+    "add_cross_attention": "there is no cross attention",
+    "is_encoder_decoder": "there is no encoder",
+}
 _ROPE_FIELDS = {
     "linear": {"factor"},
     "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
@@ -108,15 +116,15 @@ class _Reader:
         wanted, found = ARCHITECTURES[self.kind], self.fields.get("architectures") or [ARCHITECTURES[self.kind]]
         if found != [wanted]:
             raise self._refused("architectures", f"a {self.kind} model here is a {wanted}")
-        unknown = sorted(set(self.fields) - set(_DEFAULTS) - set(_REQUIRED) - _HARMLESS - set(_NULL_ONLY))
+        unknown = sorted(set(self.fields) - set(_DEFAULTS) - set(_REQUIRED) - _HARMLESS - set(_EMPTY_ONLY))
         if unknown:
             raise NotImplementedError(
                 f"{self.where} has {listed([f'{name}: {self.fields[name]!r}' for name in unknown])}, unknown here;"
                 " it may change what the model computes. Take it out if it does not"
             )
-        for name in _NULL_ONLY:
+        for name, rule in _EMPTY_ONLY.items():
             if self.fields.get(name):
-                raise self._refused(name, "only weights that are not quantised, of whole models, are read")
+                raise self._refused(name, rule)
         if self.fields["hidden_act"] not in ("silu", "swish"):
             raise self._refused("hidden_act", "the feed-forward is SwiGLU: silu")
         for name in ("mlp_bias", "attention_bias"):

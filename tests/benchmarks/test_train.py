@@ -1,10 +1,13 @@
 """`ringjax bench train`: the steps that are measured are those of training, and nothing is left behind."""
 
 import json
+import threading
+import time
 
 import pytest
 
 from ringjax import cli
+from ringjax.benchmarks import train
 from tests.tiny_run import CONFIG
 
 
@@ -80,3 +83,28 @@ def test_wrong_usage_is_one_line_and_code_2(capsys, config, arguments, message):
 def test_help_names_the_options(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0 and all(f"--bench.{option}" in out for option in ("steps", "data", "profile", "output"))
+
+
+def test_a_step_ends_when_it_ends():
+    """Not when the host is back from dispatching the next one: nobody waits here."""
+
+    class Loss:
+        def __init__(self):
+            self.done = threading.Event()
+
+        def block_until_ready(self):
+            assert self.done.wait(30)
+            return self
+
+    first, second = Loss(), Loss()
+    with train._Ends() as ends:
+        ends.watch(first)
+        ends.watch(second)
+        assert len(ends.times) == 1
+        first.done.set()
+        ends.wait(0)
+        before = time.perf_counter()
+        second.done.set()
+        while len(ends.times) < 3:
+            time.sleep(0.001)
+    assert ends.times[1] <= before <= ends.times[2]

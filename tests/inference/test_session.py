@@ -78,6 +78,11 @@ def test_a_cache_grows_as_it_fills(model, expected, monkeypatch, axes, layout):
     assert rooms == ([56, 56] if layout == "zigzag" else [8, 56])
 
 
+def test_a_ring_of_three_has_whole_shares(model, expected):
+    session = Session(model, 3000, Parallel(cases.mesh(1, 1, 1, 3)), chunk=64)
+    assert session._cache.capacity == 1026 and tokens(session) == expected
+
+
 def test_a_window_sees_no_further(model):
     from ringjax.models.transformer import with_config
 

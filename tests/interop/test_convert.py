@@ -65,6 +65,13 @@ def test_the_tokenizer_comes_along(tmp_path, capsys):
     assert read_description(tmp_path / "second").eos_ids == (2,)
 
 
+@pytest.mark.parametrize("ends", [0, [0, 2], None])
+def test_the_tokens_that_end_come_along(tmp_path, capsys, ends):
+    first = published.write(tmp_path / "first", eos_token_id=ends)
+    convert(capsys, first, tmp_path / "second")
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["eos_token_id"] == ends
+
+
 def test_a_run_becomes_a_folder(tmp_path, capsys):
     from tests.tiny_run import tiny_run
 
@@ -94,6 +101,10 @@ def test_the_text_part_writes_the_same_text():
         (["first", "out", "--dtype", "int8"], "int8"),
         (["first", "out", "--shard_gib", "0"], "shard_gib 0.0 must be above 0"),
         (["first", "out", "--heads", "0"], "heads 0 must be at least 1"),
+        (["first", "out", "--heads", "6"], "heads 6 says nothing about first -> out; leave it out"),
+        (["first", "out", "--scanned", "false"], "scanned False says nothing about first -> out"),
+        (["first", "out.msgpack", "--context", "64"], "context 64 says nothing about first -> out.msgpack"),
+        (["first", "out.safetensors", "--dtype", "float32"], "dtype float32 says nothing about"),
         (["tied", "out.msgpack"], "an LWM stream has no tied embeddings"),
     ],
 )

@@ -125,6 +125,7 @@ REFUSED = {
     "bias": ({"attention_bias": True}, "attention_bias True is not supported"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias True is not supported"),
     "quantised": ({"quantization_config": {"bits": 4}}, "only weights that are not quantised"),
+    "own code": ({"auto_map": {"AutoModel": "model.py"}}, "it has code of its own, which is not run"),
     "partial": ({"partial_rotary_factor": 0.5}, "all of a head is rotated"),
     "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "linear, llama3, yarn, not dynamic"),
     "extra rule": ({"rope_scaling": {"type": "linear", "factor": 2.0, "low": 1}}, "linear has no low"),
