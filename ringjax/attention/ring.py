@@ -168,12 +168,10 @@ class Ring:
 
     def _mask(self, kernels: Kernels, q, k, start, stop) -> "Mask":
         length, keys = q.shape[1], k.shape[1]
-        known = None
-        if self.mask == "window":
-            pass
-        elif self.mask == "full":
+        known, may_be_causal = None, length == keys and self.mask != "window"
+        if self.mask == "full":
             known = patterns.Patterns(*[patterns.whole(length, keys)] * 3)
-        elif length == keys and (self.width == 1 or self.size == 1 or self.layout.groups_stay_in_order):
+        elif may_be_causal and (self.width == 1 or self.size == 1 or self.layout.groups_stay_in_order):
             known = self.layout.causal_patterns(length)
         return Mask(self, kernels, known, keys, start, stop)
 
