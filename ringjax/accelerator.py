@@ -3,6 +3,8 @@
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.94
         JAX leaves a quarter of a GPU's memory alone otherwise, for programs that share it; a training run has it to
         itself.
+    XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=nine tenths of the host's memory
+        XLA takes at most 64 GB of it otherwise, and what `remat: offload` keeps there grows with the context.
     XLA_FLAGS --xla_gpu_experimental_parallel_collective_overlap_limit=4
         XLA lets one collective run beside the compute, and waits for every other one that is due meanwhile. A ring's
         backward pass has two under way, K and V and the sums of their gradients (docs/results/gpu_overlap.md).
@@ -19,6 +21,7 @@ import os
 
 MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 FRACTION = "0.94"
+HOST_MEMORY = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _OTHER_MEMORY = "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_CLIENT_MEM_FRACTION"
 OVERLAP = "--xla_gpu_experimental_parallel_collective_overlap_limit"
 COMBINE = "--xla_gpu_collective_permute_combine_threshold_bytes"
@@ -34,6 +37,9 @@ def prepare() -> None:
     if not any(name in os.environ for name in (MEMORY, *_OTHER_MEMORY)):  # else the user manages the memory
         os.environ[MEMORY] = FRACTION
         _set.add(MEMORY)
+    if HOST_MEMORY not in os.environ:
+        os.environ[HOST_MEMORY] = str(_host_memory_limit())
+        _set.add(HOST_MEMORY)
     if not _jaxlib_knows_flags():
         return
     for name, value in FLAGS.items():
@@ -45,7 +51,13 @@ def prepare() -> None:
 
 def said() -> list[str]:
     """For people: what was set and by whom, a line each."""
-    return [_said(MEMORY, os.environ.get(MEMORY)), *(_said(name, _flag(name)) for name in FLAGS)]
+    memory = [_said(name, os.environ.get(name)) for name in (MEMORY, HOST_MEMORY)]
+    return [*memory, *(_said(name, _flag(name)) for name in FLAGS)]
+
+
+def _host_memory_limit() -> int:
+    """GB (2^30 bytes)."""
+    return max(1, int(0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30))
 
 
 def _flag(name: str) -> str | None:
