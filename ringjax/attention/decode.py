@@ -6,6 +6,8 @@ from jaxtyping import Array, Float, Int
 
 from ringjax.attention import kernels, layouts, validate
 from ringjax.attention.api import Attention
+from ringjax.attention.kernels import mosaic
+from ringjax.attention.kernels.base import Score
 from ringjax.attention.merge import Partial, merge_across
 from ringjax.attention.reach import Reach
 
@@ -42,9 +44,33 @@ def decode_attention(
 
     Returns out `[B, T, N, Hv]` in q's type (and lse `[B, N, T]` float32), the same on all devices.
     """
-    validate.arrays(q, k_cache, v_cache, "k_cache", "v_cache")
+    out, lse = cached_attention(
+        q, k_cache[None], v_cache[None], jnp.int32(0), lengths=lengths, axis_name=axis_name, layout=layout,
+        window=window, reach=reach, scale=scale, softcap=softcap, backend=backend,
+    )  # fmt: skip
+    out = out.astype(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def cached_attention(
+    q: Float[Array, "B T N H"],
+    k_caches: Float[Array, "layers B S K H"],
+    v_caches: Float[Array, "layers B S K Hv"],
+    layer: Int[Array, ""],
+    *,
+    lengths: Int[Array, " B"],
+    axis_name: str | None = None,
+    layout: str | layouts.Layout = "contiguous",
+    window: int | None = None,
+    reach: Reach | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Partial:
+    """`decode_attention` over one layer of the caches of all, which are read where they lie; float32 out and lse."""
+    validate.arrays(q, k_caches[layer], v_caches[layer], "k_cache", "v_cache")
     batch, new = q.shape[:2]
-    order, slots = layouts.get(layout), k_cache.shape[1]
+    order, slots = layouts.get(layout), k_caches.shape[2]
     ring_size = 1 if axis_name is None else lax.axis_size(axis_name)
     lengths = _lengths(lengths, batch)
     index = lengths[:, None] - new + jnp.arange(new, dtype=jnp.int32)
@@ -56,17 +82,23 @@ def decode_attention(
     stop = jnp.minimum(stop, lengths[:, None])
     shard = 0 if axis_name is None else lax.axis_index(axis_name)
     lo, hi = (order.slots_below(x, shard, ring_size, slots) for x in (start, stop))
-    score = validate.score(scale, softcap, q.shape[-1])
-    name = "reference" if backend == "auto" and new <= FEW else backend
-    kernel = kernels.choose(name, q, k_cache, v_cache, score).interval
+    part = _attend(q, k_caches, v_caches, layer, lo, hi, validate.score(scale, softcap, q.shape[-1]), backend)
+    return part if axis_name is None else merge_across(part, axis_name)
+
+
+def _attend(q, k_caches, v_caches, layer, lo, hi, score: Score, backend: str) -> Partial:
+    few = backend == "auto" and q.shape[1] <= FEW
+    if few and mosaic.refuses_few(q, k_caches, v_caches, score) is None:
+        from ringjax.attention.kernels.mosaic import split_kernel
+
+        return split_kernel.forward(q, k_caches, v_caches, layer, lo, hi, score)
+    k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_caches, v_caches))
+    kernel = kernels.choose("reference" if few else backend, q, k, v, score).interval
     if kernel is None:
         raise NotImplementedError(
             f"backend {backend!r} does not serve decoding: how much of the cache is seen is data; use backend='auto'"
         )
-    part = Partial(*kernel.forward(q, k_cache, v_cache, lo, hi, score))
-    out, lse = part if axis_name is None else merge_across(part, axis_name)
-    out = out.astype(q.dtype)
-    return (out, lse) if return_lse else out
+    return Partial(*kernel.forward(q, k, v, lo, hi, score))
 
 
 def _lengths(lengths, batch: int) -> Int[Array, " B"]:

@@ -48,6 +48,17 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(out / _per_query(_nonzero(total)), _log(total, peak))
 
 
+def merge_along(out: Float[Array, "*rows parts H"], lse: Float[Array, "*rows parts"]) -> Partial:
+    """`merge` of all parts along an axis: `(out [*rows, H], lse [*rows])`, in float32 (float64 for float64)."""
+    dtype = jnp.promote_types(jnp.result_type(out, lse), jnp.float32)
+    lse = lse.astype(dtype)
+    peak = _finite(jnp.max(lse, axis=-1))
+    weight = jnp.exp(lse - peak[..., None])
+    total = weight.sum(-1)
+    summed = jnp.sum(out.astype(dtype) * weight[..., None], axis=-2)
+    return Partial(summed / _nonzero(total)[..., None], _log(total, peak))
+
+
 def merge_across(part: Partial, axis_name: str) -> Partial:
     """`merge` of the partial results that the devices along `axis_name` hold, on every device.
 

@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ringjax.attention import decode_attention, layouts
+from ringjax.attention import layouts
+from ringjax.attention.decode import cached_attention
 from ringjax.models.parallel import Parallel
 
 _AXES = ("batch", "sequence", "kv_heads", None)
@@ -52,39 +54,46 @@ def append_and_attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    k_cache: Float[Array, "B S K H"],
-    v_cache: Float[Array, "B S K H"],
-    lengths: Int[Array, " B"],
+    cache: KVCache,
+    layer: Int[Array, ""],
     *,
     parallel: Parallel,
     window: int | None = None,
     softcap: float | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Writes T new tokens after the `lengths` ones of each row and attends to all of them; the caches do not move.
+) -> tuple[Float[Array, "B T N H"], KVCache]:
+    """Writes a layer's T new tokens after the `lengths` ones of each row and attends to all of them.
 
-    A token past the capacity is not written (the caller checks: lengths are data).
+    The caches do not move, and inside a compiled loop they are changed in place. `lengths` stays. A token past the
+    capacity is not written (the caller checks: lengths are data).
     """
     new = q.shape[1]
     queries = parallel.spec_for(q.shape, "batch", None, "heads", None)
     news = parallel.spec_for(k.shape, "batch", None, "kv_heads", None)
-    caches = parallel.spec_for(k_cache.shape, *_AXES)
-    rows = parallel.spec_for(lengths.shape, "batch")
+    caches = parallel.spec_for(cache.k.shape, None, *_AXES)
+    rows = parallel.spec_for(cache.lengths.shape, "batch")
     axis_name = "sp" if parallel.present("sp") else None
 
-    def local(q, k, v, k_cache, v_cache, lengths):
-        slots = _slots(lengths, new, k_cache.shape[1], axis_name, parallel)
-        row = jnp.arange(k.shape[0])[:, None]
-        k_cache, v_cache = (
-            cache.at[row, slots].set(x.astype(cache.dtype), mode="drop") for cache, x in ((k_cache, k), (v_cache, v))
-        )
-        out = decode_attention(
-            q, k_cache, v_cache, lengths=lengths + new, axis_name=axis_name, window=window, softcap=softcap,
+    def local(q, k, v, k_caches, v_caches, lengths, layer):
+        slots = _slots(lengths, new, k_caches.shape[2], axis_name, parallel)
+        k_caches, v_caches = (_written(*pair, layer, slots) for pair in ((k_caches, k), (v_caches, v)))
+        out, _ = cached_attention(
+            q, k_caches, v_caches, layer, lengths=lengths + new, axis_name=axis_name, window=window, softcap=softcap,
             layout=parallel.layout, backend=parallel.backend,
         )  # fmt: skip
-        return out, k_cache, v_cache
+        return out.astype(q.dtype), k_caches, v_caches
 
-    in_specs = (queries, news, news, caches, caches, rows)
-    return parallel.local(local, in_specs, (queries, caches, caches))(q, k, v, k_cache, v_cache, lengths)
+    attend = parallel.local(
+        local, (queries, news, news, caches, caches, rows, P()), (queries, caches, caches)
+    )
+    out, k, v = attend(q, k, v, cache.k, cache.v, cache.lengths, layer)
+    return out, cache._replace(k=k, v=v)
+
+
+def _written(caches, x, layer, slots: Int[Array, "B T"]):
+    """The caches with `x` `[B, T, K, H]` in one layer's slots."""
+    x = x.astype(caches.dtype)
+    row = jnp.arange(x.shape[0])[:, None]
+    return caches.at[layer, row, slots].set(x, mode="drop", unique_indices=True)
 
 
 def _slots(lengths, new: int, capacity: int, axis_name: str | None, parallel: Parallel) -> Int[Array, "B T"]:

@@ -73,16 +73,15 @@ class Block(nnx.Module):
             x = checkpoint_name(x + self.attention.output(attended, parallel), "attended_stream")
         return self._feed(x, parallel), (k, v)
 
-    def decode(self, x: Float[Array, "B T D"], cos, sin, k_cache, v_cache, lengths, parallel: Parallel):
-        """The same for T new tokens after the `lengths` ones in the caches; gives the caches with them."""
+    def decode(self, x: Float[Array, "B T D"], cos, sin, cache: KVCache, layer: Int[Array, ""], parallel: Parallel):
+        """The same for T new tokens after those in the cache, as its layer `layer`; gives the cache with them."""
         with jax.named_scope("attention"):
             q, k, v = self.attention.project(self.attention_norm(x), cos, sin, parallel)
-            attended, k_cache, v_cache = append_and_attend(
-                q, k, v, k_cache, v_cache, lengths, parallel=parallel, window=self.config.window,
-                softcap=self.config.softcap,
-            )  # fmt: skip
+            attended, cache = append_and_attend(
+                q, k, v, cache, layer, parallel=parallel, window=self.config.window, softcap=self.config.softcap
+            )
             x = x + self.attention.output(attended, parallel)
-        return self._feed(x, parallel), (k_cache, v_cache)
+        return self._feed(x, parallel), cache
 
     def _feed(self, x, parallel: Parallel):
         with jax.named_scope("feed_forward"):
@@ -130,7 +129,7 @@ class Transformer(nnx.Module):
         parallel: Parallel = _ONE_DEVICE,
     ) -> Float[Array, "B T D"]:
         """The final norm's output. Memory is linear in T: no logits, nothing T × T."""
-        x, _ = self._scan(tokens, modality, positions, reach, parallel, keep=lambda k, v: None)
+        x, _ = self._through(tokens, modality, positions, reach, parallel, keep=lambda k, v: None)
         return self.ln_f(x)
 
     def prefill(
@@ -150,7 +149,7 @@ class Transformer(nnx.Module):
         """
         batch, length = tokens.shape
         check_capacity(length, cache_length, parallel)
-        x, (k, v) = self._scan(
+        x, (k, v) = self._through(
             tokens, modality, positions, reach, parallel,
             keep=lambda k, v: (widen(k, cache_length, parallel), widen(v, cache_length, parallel)),
         )  # fmt: skip
@@ -169,15 +168,21 @@ class Transformer(nnx.Module):
         """`hidden` of T new tokens after those in the cache (in ascending order), and the cache with them."""
         tokens, modality, positions = _checked(tokens, modality, positions)
         cos, sin = self._rotations(positions)
-        graph, blocks = nnx.split(self.h)
-
-        def step(x, layer):
-            state, k_cache, v_cache = layer
-            return nnx.merge(graph, state).decode(x, cos, sin, k_cache, v_cache, cache.lengths, parallel)
-
         x = self._embed(tokens, modality, parallel)
-        x, (k, v) = lax.scan(step, x, (blocks, cache.k, cache.v))
-        return self.ln_f(x), KVCache(k, v, cache.lengths + tokens.shape[1])
+        if not isinstance(self.h, Block):
+            for layer, block in enumerate(self.h):
+                x, cache = block.decode(x, cos, sin, cache, jnp.int32(layer), parallel)
+        else:
+            graph, blocks = nnx.split(self.h)
+
+            def step(carry, layer):
+                (x, cache), (state, index) = carry, layer
+                return nnx.merge(graph, state).decode(x, cos, sin, cache, index, parallel), None
+
+            # The caches are carried, not scanned over: what a scan takes and gives, it copies.
+            layers = blocks, jnp.arange(self.config.layers, dtype=jnp.int32)
+            (x, cache), _ = lax.scan(step, (x, cache), layers)
+        return self.ln_f(x), cache._replace(lengths=cache.lengths + tokens.shape[1])
 
     def text_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of the text head, for a few tokens; training's `cross_entropy` never holds them all."""
@@ -194,19 +199,24 @@ class Transformer(nnx.Module):
         head, table = (self.lm_head, self.wte) if modality == "text" else (self.vision_head, self.vte)
         return table.embedding[...].T if head is None else head.kernel[...]
 
-    def _scan(self, tokens, modality, positions, reach, parallel: Parallel, keep):
+    def _through(self, tokens, modality, positions, reach, parallel: Parallel, keep):
         """The stream after all blocks, and what `keep` makes of every block's keys and values, stacked."""
         tokens, modality, positions = _checked(tokens, modality, positions)
         cos, sin = self._rotations(positions)
-        graph, blocks = nnx.split(self.h)
+        x = self._embed(tokens, modality, parallel)
 
-        def block(x, state):
-            x, (k, v) = nnx.merge(graph, state)(x, cos, sin, reach, parallel)
+        def attend(block, x):
+            x, (k, v) = block(x, cos, sin, reach, parallel)
             return x, keep(k, v)
 
+        if not isinstance(self.h, Block):
+            return _one_by_one(attend, x, self.h)
+        graph, blocks = nnx.split(self.h)
         unroll = min(self.config.unroll, self.config.layers)
-        block = rematerialise(block, self.config.remat, parallel, unrolled=unroll > 1)
-        return lax.scan(block, self._embed(tokens, modality, parallel), blocks, unroll=unroll)
+        block = rematerialise(
+            lambda x, state: attend(nnx.merge(graph, state), x), self.config.remat, parallel, unrolled=unroll > 1
+        )
+        return lax.scan(block, x, blocks, unroll=unroll)
 
     def _embed(self, tokens, modality, parallel: Parallel) -> Float[Array, "B T D"]:
         dtype = self.config.compute_dtype
@@ -230,6 +240,17 @@ def _checked(tokens, modality, positions):
     return jnp.asarray(tokens), jnp.asarray(modality), jnp.asarray(positions)
 
 
+def _one_by_one(attend, x, blocks):
+    """A scan over blocks that are not stacked; what they keep is written where it stays, so that it exists once."""
+    kept = None
+    for layer, block in enumerate(blocks):
+        x, new = attend(block, x)
+        if layer == 0:
+            kept = jax.tree.map(lambda y: jnp.zeros((len(blocks), *y.shape), y.dtype), new)
+        kept = jax.tree.map(lambda whole, y: whole.at[layer].set(y), kept, new)  # noqa: B023
+    return x, kept
+
+
 def _head(vocab_size: int, config: ModelConfig, rngs: nnx.Rngs) -> Linear:
     return Linear(config.width, vocab_size, ("embed", "vocab"), config, rngs)
 
@@ -250,6 +271,22 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
     return nnx.merge(graph, stacked)
+
+
+def unstacked(model: Transformer) -> Transformer:
+    """The same model with the parameters of each layer apart, for decoding on GPUs, where XLA copies what a product
+    takes out of a stacked array: the weights would be read three times for each token. Compiling takes longer, for the
+    layers are no scan. It is for inference: nothing is computed again in a backward pass."""
+    graph, stacked = nnx.split(model.h)
+
+    def layer(state, index: int):
+        cut = lambda leaf: leaf.replace(leaf.get_value()[index], axes=leaf.get_metadata()["axes"][1:])  # noqa: E731
+        return jax.tree.map(cut, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+    states = jax.jit(lambda state: [layer(state, index) for index in range(model.config.layers)])(stacked)
+    apart = nnx.merge(*nnx.split(model))
+    apart.h = nnx.List([nnx.merge(graph, state) for state in states])
+    return apart
 
 
 def with_config(model: Transformer, **changes) -> Transformer:

@@ -4,6 +4,7 @@ import pytest
 
 from ringjax.attention import Reach, layouts
 from ringjax.models import Parallel
+from ringjax.models.transformer import unstacked
 from tests.models import cases
 from tests.models.cases import changed
 
@@ -90,3 +91,15 @@ def test_refuses_layouts_whose_tokens_would_move():
     with pytest.raises(ValueError, match="seq_len 30 cannot be cut into 4 shards"):
         striped = Parallel(parallel.mesh)
         model.prefill(*inputs, cache_length=30, parallel=striped)
+
+
+def test_layers_apart_are_the_same_model():
+    """What GPUs decode with."""
+    model, inputs = cases.model(), sequence(cases.SMALL)
+    apart = unstacked(model)
+    assert [block.attention.wq.kernel[...].ndim for block in apart.h] == [2] * cases.SMALL.layers
+    close(apart.hidden(*inputs), model.hidden(*inputs))
+    found, expected = (m.prefill(*(x[:, :PROMPT] for x in inputs), cache_length=CAPACITY) for m in (apart, model))
+    jax.tree.map(close, found, expected)
+    last = [x[:, PROMPT : PROMPT + 2] for x in inputs]
+    jax.tree.map(close, apart.decode(*last, found[1]), model.decode(*last, expected[1]))

@@ -3,6 +3,7 @@
     tiles            which blocks of keys a tile of queries meets, and the other way round
     forward_kernel   out and lse
     backward_kernel  dQ; dK and dV
+    split_kernel     a few queries over a long cache
     parts            what they share
 
 Both passes skip what lies outside the intervals, so packed documents and windows cost what they compute.
@@ -18,6 +19,7 @@ from ringjax.attention.merge import Partial
 
 OLDEST_JAX = (0, 11, 1)
 HEAD_MULTIPLE, LARGEST_HEAD, LENGTH_MULTIPLE = 64, 128, 8
+FEW_ROWS = 64
 
 
 def forward(q: Array, k: Array, v: Array, lo: Array, hi: Array, score: Score) -> Partial:
@@ -63,6 +65,19 @@ def refuses(q: Array, k: Array, v: Array, score: Score) -> str | None:
         return f"head size {max(q.shape[-1], v.shape[-1])} is above {LARGEST_HEAD}"
     if score.scale <= 0:
         return f"scale {score.scale} is not positive"
+    return None
+
+
+def refuses_few(q: Array, k_caches: Array, v_caches: Array, score: Score) -> str | None:
+    """Why `split_kernel` does not serve these inputs (caches `[layers, B, S, K, H]`), or the target cannot run it."""
+    if reason := unavailable() or refuses(q, k_caches, v_caches, score):
+        return reason
+    rows = q.shape[1] * q.shape[2] // k_caches.shape[3]
+    if rows > FEW_ROWS:
+        return f"{rows} queries a key/value head are more than {FEW_ROWS}"
+    for size in (q.shape[-1], v_caches.shape[-1]):
+        if size % HEAD_MULTIPLE:
+            return f"head size {size} is no multiple of {HEAD_MULTIPLE}"  # filling up would copy the cache
     return None
 
 
