@@ -6,9 +6,9 @@ from jaxtyping import Array, Float, Int
 
 from ringjax.attention import kernels, layouts, validate
 from ringjax.attention.api import Attention
-from ringjax.attention.kernels import mosaic
+from ringjax.attention.kernels import mosaic, reference
 from ringjax.attention.kernels.base import Score
-from ringjax.attention.merge import Partial, merge_across
+from ringjax.attention.merge import Partial, merge, merge_across
 from ringjax.attention.reach import Reach
 
 # Up to this many new tokens all their scores are held at once, [B, N, T_new, S] float32: linear in the cache,
@@ -66,8 +66,13 @@ def cached_attention(
     scale: float | None = None,
     softcap: float | None = None,
     backend: str = "auto",
+    sinks: int = 0,
+    q_sinks: Float[Array, "B T N H"] | None = None,
 ) -> Partial:
-    """`decode_attention` over one layer of the caches of all, which are read where they lie; float32 out and lse."""
+    """`decode_attention` over one layer of the caches of all, which are read where they lie; float32 out and lse.
+
+    With `sinks` the first tokens of the cache are seen too, by `q_sinks`, once they have left the window.
+    """
     validate.arrays(q, k_caches[layer], v_caches[layer], "k_cache", "v_cache")
     batch, new = q.shape[:2]
     order, slots = layouts.get(layout), k_caches.shape[2]
@@ -82,7 +87,12 @@ def cached_attention(
     stop = jnp.minimum(stop, lengths[:, None])
     shard = 0 if axis_name is None else lax.axis_index(axis_name)
     lo, hi = (order.slots_below(x, shard, ring_size, slots) for x in (start, stop))
-    part = _attend(q, k_caches, v_caches, layer, lo, hi, validate.score(scale, softcap, q.shape[-1]), backend)
+    score = validate.score(scale, softcap, q.shape[-1])
+    part = _attend(q, k_caches, v_caches, layer, lo, hi, score, backend)
+    if sinks:
+        gone = order.slots_below(jnp.clip(start, 0, sinks), shard, ring_size, slots)
+        first = (lax.dynamic_index_in_dim(x[:, :, :sinks], layer, keepdims=False) for x in (k_caches, v_caches))
+        part = merge(part, reference.forward(q_sinks, *first, jnp.zeros_like(gone), gone, score))
     return part if axis_name is None else merge_across(part, axis_name)
 
 

@@ -190,7 +190,7 @@ class _Reader:
 def write_hf_config(config: ModelConfig, context: int, dtype: str, **more: Any) -> dict[str, Any]:
     """The fields of a config.json for this model; `more` are added (token ids).
 
-    Raises NotImplementedError for what no family there has: vision tables, a softcap.
+    Raises NotImplementedError for what no family there has: vision tables, a softcap, sinks.
     """
     if config.vision_vocab_size:
         raise NotImplementedError(
@@ -199,6 +199,8 @@ def write_hf_config(config: ModelConfig, context: int, dtype: str, **more: Any) 
         )
     if config.softcap is not None:
         raise NotImplementedError(f"softcap {config.softcap}: none of {', '.join(ARCHITECTURES)} has one")
+    if config.sinks:
+        raise NotImplementedError(f"sinks {config.sinks}: none of {', '.join(ARCHITECTURES)} has them")
     kind = "qwen2" if config.qkv_bias else "mistral" if config.window is not None else "llama"
     fields = {
         "architectures": [ARCHITECTURES[kind]], "model_type": kind, "hidden_size": config.width,

@@ -60,40 +60,45 @@ def append_and_attend(
     parallel: Parallel,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: int = 0,
+    q_sinks: Float[Array, "B T N H"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], KVCache]:
     """Writes a layer's T new tokens after the `lengths` ones of each row and attends to all of them.
 
-    The caches do not move, and inside a compiled loop they are changed in place. `lengths` stays. A token past the
-    capacity is not written (the caller checks: lengths are data).
+    The caches do not move, and inside a compiled loop they are changed in place. `lengths` stays. Of several tokens
+    those past the capacity are not written; a single one must have room (the caller checks: lengths are data).
     """
-    new = q.shape[1]
+    new, kv_heads = q.shape[1], k.shape[2]
     queries = parallel.spec_for(q.shape, "batch", None, "heads", None)
     news = parallel.spec_for(k.shape, "batch", None, "kv_heads", None)
     caches = parallel.spec_for(cache.k.shape, None, *_AXES)
     rows = parallel.spec_for(cache.lengths.shape, "batch")
     axis_name = "sp" if parallel.present("sp") else None
 
-    def local(q, k, v, k_caches, v_caches, lengths, layer):
+    def local(q, q_sinks, k, v, k_caches, v_caches, lengths, layer):
         slots = _slots(lengths, new, k_caches.shape[2], axis_name, parallel)
-        k_caches, v_caches = (_written(*pair, layer, slots) for pair in ((k_caches, k), (v_caches, v)))
+        # One token after what is there is within bounds; to check that would be a program on the device of its own.
+        mode = "promise_in_bounds" if new == 1 and axis_name is None else "drop"
+        k_caches, v_caches = (_written(*pair, layer, slots, mode) for pair in ((k_caches, k), (v_caches, v)))
         out, _ = cached_attention(
-            q, k_caches, v_caches, layer, lengths=lengths + new, axis_name=axis_name, window=window, softcap=softcap,
-            layout=parallel.layout, backend=parallel.backend,
+            q, *parallel.own_heads(kv_heads, k_caches, v_caches), layer, lengths=lengths + new, axis_name=axis_name,
+            window=window, softcap=softcap, layout=parallel.layout, backend=parallel.backend, sinks=sinks,
+            q_sinks=q_sinks,
         )  # fmt: skip
         return out.astype(q.dtype), k_caches, v_caches
 
-    attend = parallel.local(
-        local, (queries, news, news, caches, caches, rows, P()), (queries, caches, caches)
-    )
-    out, k, v = attend(q, k, v, cache.k, cache.v, cache.lengths, layer)
+    sink_queries = None if q_sinks is None else queries
+    in_specs = (queries, sink_queries, news, news, caches, caches, rows, P())
+    attend = parallel.local(local, in_specs, (queries, caches, caches))
+    out, k, v = attend(q, q_sinks, k, v, cache.k, cache.v, cache.lengths, layer)
     return out, cache._replace(k=k, v=v)
 
 
-def _written(caches, x, layer, slots: Int[Array, "B T"]):
+def _written(caches, x, layer, slots: Int[Array, "B T"], mode: str):
     """The caches with `x` `[B, T, K, H]` in one layer's slots."""
     x = x.astype(caches.dtype)
     row = jnp.arange(x.shape[0])[:, None]
-    return caches.at[layer, row, slots].set(x, mode="drop", unique_indices=True)
+    return caches.at[layer, row, slots].set(x, mode=mode, unique_indices=True)
 
 
 def _slots(lengths, new: int, capacity: int, axis_name: str | None, parallel: Parallel) -> Int[Array, "B T"]:

@@ -102,6 +102,8 @@ class ModelConfig:
     """Whether queries, keys and values have a bias (Qwen)."""
     window: int | None = None
     """Sliding window: a token sees this many tokens, itself included; null: all before it."""
+    sinks: int = 0
+    """Attention sinks, for inference: the first tokens of a row stay visible beside the window (StreamingLLM)."""
     softcap: float | None = None
     """Attention scores are softcap · tanh(score / softcap); null: as they are."""
     init_std: float = 0.02
@@ -129,6 +131,9 @@ class ModelConfig:
                 _at_least(name, getattr(self, name), 1, whole=True)
         for name in ("rope_theta", "norm_eps", "init_std"):
             _positive(name, getattr(self, name))
+        _at_least("sinks", self.sinks, 0, whole=True)
+        if self.sinks and self.window is None:
+            raise ValueError(f"sinks {self.sinks} without a window: every token is visible anyhow; set a window too")
         if self.softcap is not None:
             _positive("softcap", self.softcap)
         for name, choices in (("dtype", get_args(Dtype)), ("param_dtype", get_args(Dtype)), ("remat", get_args(Remat))):

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ringjax.attention import Reach, attention, kernels, layouts, sharded_attention, strategies
+from ringjax.attention.api import Attention
 
 MESH_AXES = ("dp", "fsdp", "tp", "sp")
 
@@ -127,11 +128,13 @@ class Parallel:
         window: int | None = None,
         softcap: float | None = None,
         scale: float | None = None,
-    ) -> Float[Array, "B T N H"]:
+        return_lse: bool = False,
+    ) -> Attention:
         """Attention within `reach` (None: causal), cut to `window`; sequences are in layout order."""
         if reach is not None and window is not None:
             reach, window = reach.within(window), None
         options = dict(reach=reach, window=window, softcap=softcap, scale=scale, backend=self.backend)
+        options["return_lse"] = return_lse
         if self.mesh is None:
             return attention(q, k, v, **options)
         return sharded_attention(q, k, v, mesh=self.mesh, layout=self.layout, strategy=self.strategy, **options)
@@ -147,6 +150,15 @@ class Parallel:
         """Inside `local`: the sum over these mesh axes."""
         axes = tuple(axis for axis in self.present(*mesh_axes) if self.size(axis) > 1)
         return lax.psum(x, axes) if axes else x
+
+    def own_heads(self, kv_heads: int, *arrays: Array) -> tuple[Array, ...]:
+        """Inside `local`: of arrays `[…, K, H]` whose `kv_heads` are too few for tp to cut, the head that this device's
+        queries belong to; others as they are."""
+        devices = self.size("tp")
+        if devices <= kv_heads:
+            return arrays
+        own = lax.axis_index("tp") // (devices // kv_heads)
+        return tuple(lax.dynamic_slice_in_dim(x, own, 1, axis=-2) for x in arrays)
 
     def gather_weight(self, weight: Array, spec: P, dtype: jnp.dtype) -> Array:
         """Inside `local`: a parameter in the compute type, whole but for its cut over tp."""

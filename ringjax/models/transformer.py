@@ -5,7 +5,8 @@ ffn_norm}`, `ln_f`, `lm_head`, `vision_head`. Those under `h` are stacked along 
 """
 
 import dataclasses
-from typing import Self
+import functools
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,26 @@ from ringjax.models.layers import Embedding, Linear, RMSNorm, look_up
 from ringjax.models.parallel import Parallel
 from ringjax.models.remat import PROJECTIONS, rematerialise
 from ringjax.models.rope import rotate, rotations
+from ringjax.models.sinks import sink_positions, with_sinks
 
 _ONE_DEVICE = Parallel()
+
+
+class Rotations(NamedTuple):
+    """Cosines and sines by which a token's queries and keys turn, and by which its queries of the sinks do."""
+
+    positions: Int[Array, "B T"]
+    own: tuple[Array, Array]
+    to_sinks: tuple[Array, Array] | None
+
+    @classmethod
+    def of(cls, positions: Int[Array, "B T"], config: ModelConfig) -> "Rotations":
+        """Those of a model."""
+        turn = functools.partial(
+            rotations, head_dim=config.head_size, theta=config.rope_theta, scaling=config.rope_scaling
+        )
+        to_sinks = turn(sink_positions(positions, config)) if config.sinks else None
+        return cls(positions, turn(positions), to_sinks)
 
 
 class SelfAttention(nnx.Module):
@@ -38,12 +57,13 @@ class SelfAttention(nnx.Module):
         self.wv = Linear(config.width, keys, ("embed", "kv_heads"), config, rngs, bias)
         self.wo = Linear(queries, config.width, ("heads", "embed"), config, rngs)
 
-    def project(self, x: Float[Array, "B T D"], cos: Array, sin: Array, parallel: Parallel):
-        """q `[B, T, N, H]` and k `[B, T, K, H]`, both rotated, and v."""
+    def project(self, x: Float[Array, "B T D"], rope: "Rotations", parallel: Parallel):
+        """q `[B, T, N, H]` and k `[B, T, K, H]`, both rotated, v, and the q that looks at the sinks (None: none)."""
         q = self._split(self.wq(x, parallel), "heads", parallel)
         k = self._split(self.wk(x, parallel), "kv_heads", parallel)
         v = self._split(self.wv(x, parallel), "kv_heads", parallel)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        q_sinks = None if rope.to_sinks is None else rotate(q, *rope.to_sinks)
+        return rotate(q, *rope.own), rotate(k, *rope.own), v, q_sinks
 
     def output(self, attended: Float[Array, "B T N H"], parallel: Parallel) -> Float[Array, "B T D"]:
         """The heads joined and projected."""
@@ -64,22 +84,30 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(config.width, config)
         self.feed_forward = FeedForward(config, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], cos, sin, reach: Reach | None, parallel: Parallel):
+    def __call__(self, x: Float[Array, "B T D"], rope: "Rotations", reach: Reach | None, parallel: Parallel):
         """The block's output, and its keys (rotated) and values."""
+        config = self.config
         with jax.named_scope("attention"):
-            q, k, v = self.attention.project(self.attention_norm(x), cos, sin, parallel)
+            q, k, v, q_sinks = self.attention.project(self.attention_norm(x), rope, parallel)
             q, k, v = (checkpoint_name(y, name) for y, name in zip((q, k, v), PROJECTIONS))
-            attended = parallel.attend(q, k, v, reach, window=self.config.window, softcap=self.config.softcap)
+            options = dict(window=config.window, softcap=config.softcap)
+            if q_sinks is None:
+                attended = parallel.attend(q, k, v, reach, **options)
+            else:
+                seen = parallel.attend(q, k, v, reach, return_lse=True, **options)
+                attended = with_sinks(*seen, q_sinks, k, v, rope.positions, config=config, parallel=parallel)
             x = checkpoint_name(x + self.attention.output(attended, parallel), "attended_stream")
         return self._feed(x, parallel), (k, v)
 
-    def decode(self, x: Float[Array, "B T D"], cos, sin, cache: KVCache, layer: Int[Array, ""], parallel: Parallel):
+    def decode(self, x: Float[Array, "B T D"], rope: "Rotations", cache: KVCache, layer, parallel: Parallel):
         """The same for T new tokens after those in the cache, as its layer `layer`; gives the cache with them."""
+        config = self.config
         with jax.named_scope("attention"):
-            q, k, v = self.attention.project(self.attention_norm(x), cos, sin, parallel)
+            q, k, v, q_sinks = self.attention.project(self.attention_norm(x), rope, parallel)
             attended, cache = append_and_attend(
-                q, k, v, cache, layer, parallel=parallel, window=self.config.window, softcap=self.config.softcap
-            )
+                q, k, v, cache, layer, parallel=parallel, window=config.window, softcap=config.softcap,
+                sinks=config.sinks, q_sinks=q_sinks,
+            )  # fmt: skip
             x = x + self.attention.output(attended, parallel)
         return self._feed(x, parallel), cache
 
@@ -167,17 +195,17 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """`hidden` of T new tokens after those in the cache (in ascending order), and the cache with them."""
         tokens, modality, positions = _checked(tokens, modality, positions)
-        cos, sin = self._rotations(positions)
+        rope = Rotations.of(positions, self.config)
         x = self._embed(tokens, modality, parallel)
         if not isinstance(self.h, Block):
             for layer, block in enumerate(self.h):
-                x, cache = block.decode(x, cos, sin, cache, jnp.int32(layer), parallel)
+                x, cache = block.decode(x, rope, cache, jnp.int32(layer), parallel)
         else:
             graph, blocks = nnx.split(self.h)
 
             def step(carry, layer):
                 (x, cache), (state, index) = carry, layer
-                return nnx.merge(graph, state).decode(x, cos, sin, cache, index, parallel), None
+                return nnx.merge(graph, state).decode(x, rope, cache, index, parallel), None
 
             # The caches are carried, not scanned over: what a scan takes and gives, it copies.
             layers = blocks, jnp.arange(self.config.layers, dtype=jnp.int32)
@@ -202,11 +230,11 @@ class Transformer(nnx.Module):
     def _through(self, tokens, modality, positions, reach, parallel: Parallel, keep):
         """The stream after all blocks, and what `keep` makes of every block's keys and values, stacked."""
         tokens, modality, positions = _checked(tokens, modality, positions)
-        cos, sin = self._rotations(positions)
+        rope = Rotations.of(positions, self.config)
         x = self._embed(tokens, modality, parallel)
 
         def attend(block, x):
-            x, (k, v) = block(x, cos, sin, reach, parallel)
+            x, (k, v) = block(x, rope, reach, parallel)
             return x, keep(k, v)
 
         if not isinstance(self.h, Block):
@@ -226,9 +254,6 @@ class Transformer(nnx.Module):
                 return look_up(self.wte.embedding[...], text_only, jnp.ones_like(modality), dtype, parallel)
             text = look_up(self.wte.embedding[...], tokens, ~modality, dtype, parallel)
             return text + look_up(self.vte.embedding[...], tokens, modality, dtype, parallel)
-
-    def _rotations(self, positions):
-        return rotations(positions, self.config.head_size, self.config.rope_theta, self.config.rope_scaling)
 
 
 def _checked(tokens, modality, positions):

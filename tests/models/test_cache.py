@@ -103,3 +103,16 @@ def test_layers_apart_are_the_same_model():
     jax.tree.map(close, found, expected)
     last = [x[:, PROMPT : PROMPT + 2] for x in inputs]
     jax.tree.map(close, apart.decode(*last, found[1]), model.decode(*last, expected[1]))
+
+
+def test_more_devices_than_key_heads():
+    """Each reads the head that its queries belong to."""
+    parallel = Parallel(cases.mesh(1, 1, 4, 2))
+    model, inputs = cases.model(cases.SMALL, parallel), sequence(cases.SMALL)
+    full = np.asarray(cases.model().hidden(*inputs))
+    order = layouts.get("striped")
+    prompt = [order.permute(x[:, :PROMPT], 2, 1) for x in inputs]
+    reach = Reach.causal(ROWS, PROMPT).permute("striped", 2)
+    _, cache = jax.jit(lambda *x: model.prefill(*x, reach, cache_length=CAPACITY, parallel=parallel))(*prompt)
+    states, _ = jax.jit(lambda *x: model.decode(*x, cache, parallel=parallel))(*(x[:, PROMPT:] for x in inputs))
+    close(states, full[:, PROMPT:])

@@ -1,8 +1,8 @@
-"""A few queries over a long cache on Hopper (Flash-Decoding; Dao et al. 2023, arXiv:2311.01282 gives the scheme).
+"""A few queries over a long cache on Hopper (Flash-Decoding, Dao, Haziza, Massa and Sizov 2023).
 
-The keys are split among the multiprocessors, one block of threads for each (key/value head, split). A block's tile of 64
-rows holds all queries of its head, so a key is read once for all of them; the partial results are merged by the one rule
-of `ringjax.attention.merge`. The time is that of reading the cache: one warpgroup computes while another loads.
+The keys are split among the multiprocessors, one block of threads for each (key/value head, split). A block's tile of
+64 rows holds all queries of its head, so a key is read once for all of them; the partial results are merged by the one
+rule of `ringjax.attention.merge`. The time is that of reading the cache: one warpgroup computes while another loads.
 
 The caches of all layers are one array, of which the kernel reads layer `layer` where it lies: a slice would be a copy.
 """
