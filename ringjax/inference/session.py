@@ -1,22 +1,35 @@
-"""One conversation: a cache that is kept between turns, filled in chunks, and read a token at a time."""
+"""One conversation: a cache that is kept between turns, filled in chunks, and read a token at a time.
+
+    first chunk      ring attention: K and V go around, the cache is cut as the tokens are
+    later chunks     the cache stays where it is: every device attends with all queries of the chunk to its own part,
+                     and the parts are merged (pass-Q; Yang et al. 2024, arXiv:2411.01783)
+    a token          the same with one query
+
+A model with a window keeps `sinks + window` tokens and what has not been cleared away yet: its cache does not grow.
+"""
 
 import functools
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
 from ringjax.attention import layouts
+from ringjax.attention.kernels.base import target
 from ringjax.inference.sampling import Sampling, sample
-from ringjax.models.cache import KVCache, widen
+from ringjax.models.cache import KVCache, widen, without
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
 
 _ONE_DEVICE = Parallel()
 _AXES = ("layers", "batch", "sequence", "kv_heads", None)
-CHUNK, SMALLEST = 512, 8
+# Tokens of a chunk on each device; on CPUs, whose attention computes what a mask hides, of all.
+CHUNK, CPU_CHUNK, SMALLEST = 32768, 512, 8
+# A first chunk this long goes through ring attention.
+RING_FROM = 64
 # The cache begins with room for so many tokens and doubles as it fills: a token costs what the cache holds.
 FIRST_ROOM = 1024
 
@@ -24,28 +37,47 @@ FIRST_ROOM = 1024
 class Session:
     """A text model with room for `capacity` tokens, cut over the ring of `parallel`.
 
-    `ids` are the tokens in the cache. Raises ValueError where the layout cannot cut the capacity.
+    `ids` are the tokens that it has read. Raises ValueError where the layout cannot cut the capacity.
     """
 
-    def __init__(self, model: Transformer, capacity: int, parallel: Parallel = _ONE_DEVICE, chunk: int = CHUNK):
+    def __init__(
+        self, model: Transformer, capacity: int, parallel: Parallel = _ONE_DEVICE, chunk: int | None = None
+    ):
         layouts.get(parallel.layout).validate(capacity, parallel.ring_size)
-        self.parallel, self.capacity, self.chunk = parallel, capacity, chunk
+        on_cpu = target().platform == "cpu"
+        self.parallel, self.capacity = parallel, capacity
+        self.chunk = chunk or (CPU_CHUNK if on_cpu else CHUNK * parallel.ring_size)
+        if chunk is None and model.config.window is not None:
+            self.chunk = min(self.chunk, max(CPU_CHUNK, model.config.window))
         self.ids: list[int] = []
+        self._dropped = 0  # tokens that a window has left behind and the cache has no more
+        self._lead = 0 if on_cpu else 1
         self._graph, params = nnx.split(model)
         self._params = params if parallel.mesh is None else jax.device_put(params, parallel.param_shardings(params))
-        movable = parallel.ring_size == 1 or parallel.layout == "striped"  # a longer shard keeps its tokens in place
-        room = -(-FIRST_ROOM // parallel.ring_size) * parallel.ring_size  # each device's share is whole
-        self._cache = _empty(model, min(capacity, room) if movable else capacity, parallel)
+        # A longer shard keeps its tokens in place.
+        self._movable = parallel.ring_size == 1 or parallel.layout == "striped"
+        # One row cannot be shared out between groups of devices: there the first chunk is one like the others.
+        self._ring = self._movable and parallel.size("dp", "fsdp") == 1
+        self._room = self._most_room(model.config)
+        first = -(-FIRST_ROOM // parallel.ring_size) * parallel.ring_size  # each device's share is whole
+        self._cache = _empty(model, min(self._room, first) if self._movable else capacity, parallel)
 
-    def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+    def rewind(self, length: int) -> int:
+        """Forget all but the first `length` tokens; gives how many are left: none where a window has dropped those
+        that the next token would see."""
+        if self._dropped and length - self._window < self._dropped + self._sinks:
+            length = 0
         self.ids = self.ids[:length]
+        self._dropped = min(self._dropped, length)
+        return length
 
     def feed(self, ids: Sequence[int]) -> None:
         """Puts tokens into the cache, `chunk` at a time. Raises ValueError where they do not fit."""
         self._require_room(len(ids))
         for first in range(0, len(ids), self.chunk):
-            self._advance(ids[first : first + self.chunk], Sampling(temperature=0), 0)
+            part = ids[first : first + self.chunk]
+            self._advance(part, Sampling(temperature=0))
+            self.ids += [int(i) for i in part]
 
     def generate(
         self, ids: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int] = (), sampling: Sampling
@@ -60,15 +92,19 @@ class Session:
         whole = (len(ids) - 1) // self.chunk * self.chunk
         self._require_room(len(ids))
         self.feed(ids[:whole])
-        pending, stops = list(ids[whole:]), frozenset(int(i) for i in stop_ids)
-        for _ in range(max_new_tokens):
-            if len(self.ids) + len(pending) > self.capacity:
+        stops = frozenset(int(i) for i in stop_ids)
+        most = min(max_new_tokens, self.capacity - len(self.ids) - (len(ids) - whole) + 1)
+        token = self._advance(ids[whole:], sampling)
+        self.ids += [int(i) for i in ids[whole:]]
+        for index in range(most):
+            # From the device to the device: the next step does not wait for the host to see the token.
+            ahead = self._advance(token, sampling) if self._lead and index + 1 < most else None
+            value = int(token[0])
+            yield value
+            if value in stops or index + 1 == most:
                 return
-            token = int(self._advance(pending, sampling, len(self.ids) + len(pending)))
-            yield token
-            if token in stops:
-                return
-            pending = [token]
+            token = self._advance(token, sampling) if ahead is None else ahead
+            self.ids.append(value)
 
     def _require_room(self, count: int) -> None:
         if len(self.ids) + count > self.capacity:
@@ -77,31 +113,92 @@ class Session:
                 " with --context, or begin anew"
             )
 
-    def _advance(self, ids: Sequence[int], sampling: Sampling, place: int):
-        size = SMALLEST if len(ids) > 1 else 1
-        while size < len(ids):
-            size *= 2  # few sizes, so few programs
-        tokens = jnp.asarray([[*ids, *[0] * (size - len(ids))]], jnp.int32)
-        while self._cache.capacity < min(len(self.ids) + len(ids), self.capacity):
-            self._cache = _grown(self._cache, min(2 * self._cache.capacity, self.capacity), self.parallel)
+    def _advance(self, ids: Sequence[int] | jax.Array, sampling: Sampling) -> jax.Array:
+        """Reads tokens after `self.ids`, which it leaves to the caller; gives the next one, `[1]`."""
+        count, place = len(ids), len(self.ids) + len(ids)
+        static = dict(graph=self._graph, sampling=sampling, parallel=self.parallel)
+        self._make_room(count)
+        if not self.ids and count >= RING_FROM and self._ring:
+            order, ring_size = layouts.get(self.parallel.layout), self.parallel.ring_size
+            tokens = order.permute(_padded(ids, self._size(count)), ring_size, axis=1)
+            capacity = max(self._cache.capacity, tokens.shape[1])
+            self._cache = None  # its memory serves the new one
+            token, self._cache = _prefill(self._params, tokens, count, place, capacity=capacity, **static)
+            return token
+        tokens = ids[None] if isinstance(ids, jax.Array) else _padded(ids, self._size(count))
         # The cache's own count would include what fills up a chunk.
-        cache = self._cache._replace(lengths=jnp.asarray([len(self.ids)], jnp.int32))
-        token, self._cache = _step(
-            self._params, cache, tokens, len(ids), place, graph=self._graph, sampling=sampling, parallel=self.parallel
-        )
-        self.ids += [int(i) for i in ids]
+        kept = jnp.asarray([len(self.ids) - self._dropped], jnp.int32)
+        cache, start = self._cache._replace(lengths=kept), len(self.ids)
+        token, self._cache = _step(self._params, cache, tokens, start, count, place, **static)
         return token
+
+    def _make_room(self, count: int) -> None:
+        """Space for so many more tokens: a larger cache up to the most, then what a window has left behind goes."""
+        needed = len(self.ids) - self._dropped + count
+        while self._cache.capacity < min(needed, self._room):
+            self._cache = _grown(self._cache, min(2 * self._cache.capacity, self._room), self.parallel)
+        if needed > self._room:
+            ring_size = self.parallel.ring_size
+            gone = (len(self.ids) - self._dropped - self._sinks - (self._window - 1)) // ring_size * ring_size
+            self._cache = _without(self._cache, self._sinks, gone, parallel=self.parallel)
+            self._dropped += gone
+
+    def _most_room(self, config) -> int:
+        """Tokens that the cache holds at most. A window's are kept for one more window, or chunk, so that clearing
+        away costs little."""
+        self._window, ring_size = config.window, self.parallel.ring_size
+        self._sinks = -(-config.sinks // ring_size) * ring_size  # each device keeps as many
+        if self._window is None or not self._movable:
+            return self.capacity
+        room = self._sinks + self._window + max(self._window, self.chunk) + 2 * ring_size
+        return min(self.capacity, -(-room // (2 * ring_size)) * 2 * ring_size)
+
+    def _size(self, count: int) -> int:
+        """Tokens of the program that takes so many: few sizes, so few programs, and little that only fills up."""
+        if count == 1:
+            return 1
+        size = SMALLEST
+        while size < count:
+            size *= 2
+        if size > 16 * SMALLEST:  # in between: 5, 6 and 7 eighths
+            size = next(size * part // 8 for part in (5, 6, 7, 8) if size * part // 8 >= count)
+        multiple = 2 * self.parallel.ring_size
+        return -(-size // multiple) * multiple
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling", "parallel"), donate_argnums=1)
-def _step(params, cache: KVCache, tokens, count, place, *, graph, sampling: Sampling, parallel: Parallel):
-    """The token after the first `count` of `tokens` `[1, T]`, which follow those in the cache; and the cache."""
+def _step(params, cache: KVCache, tokens, start, count, place, *, graph, sampling: Sampling, parallel: Parallel):
+    """The token after the first `count` of `tokens` `[1, T]`, which stand at `start` and follow those in the cache; and
+    the cache."""
     model = nnx.merge(graph, params)
-    positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     hidden, cache = model.decode(tokens, jnp.zeros(tokens.shape, bool), positions, cache, parallel=parallel)
     last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
+    return _drawn(model, last, place, sampling), cache
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "sampling", "parallel", "capacity"))
+def _prefill(params, tokens, count, place, *, capacity: int, graph, sampling: Sampling, parallel: Parallel):
+    """`_step` for an empty cache, by ring attention; `tokens` are in layout order."""
+    model = nnx.merge(graph, params)
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    positions = layouts.get(parallel.layout).permute(index, parallel.ring_size, axis=1)
+    hidden, cache = model.prefill(
+        tokens, jnp.zeros(tokens.shape, bool), positions, cache_length=capacity, parallel=parallel
+    )
+    last = jnp.sum(jnp.where((positions == count - 1)[..., None], hidden, 0), axis=1)
+    return _drawn(model, last, place, sampling), cache
+
+
+def _drawn(model: Transformer, last, place, sampling: Sampling) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(sampling.seed), place)
-    return sample(model.text_logits(last), key[None], sampling)[0], cache
+    return sample(model.text_logits(last), key[None], sampling)
+
+
+def _padded(ids: Sequence[int], size: int) -> np.ndarray:
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, : len(ids)] = ids
+    return tokens
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "parallel"))
@@ -109,6 +206,9 @@ def _grown(cache: KVCache, capacity: int, parallel: Parallel) -> KVCache:
     """The cache with room for more; no token changes its device."""
     wider = jax.vmap(lambda x: widen(x, capacity, parallel))
     return cache._replace(k=wider(cache.k), v=wider(cache.v))
+
+
+_without = jax.jit(without, static_argnames=("first", "parallel"), donate_argnums=0)
 
 
 def _empty(model: Transformer, capacity: int, parallel: Parallel) -> KVCache:

@@ -70,8 +70,7 @@ class TextModel:
         stops: Sequence[str] = (),
     ) -> Iterator[str]:
         """The text after `ids` in pieces. What the session holds of their beginning already is not computed again."""
-        kept = min(_common(session.ids, ids), len(ids) - 1)
-        session.rewind(kept)
+        kept = session.rewind(min(_common(session.ids, ids), len(ids) - 1))
         tokens = session.generate(
             ids[kept:], max_new_tokens=max_new_tokens, stop_ids=self.stop_ids, sampling=sampling
         )

@@ -50,6 +50,23 @@ def widen(x: Float[Array, "B T K H"], capacity: int, parallel: Parallel) -> Floa
     return parallel.constrain(wide.reshape(batch, capacity, *rest), *_AXES)
 
 
+def without(cache: KVCache, first: int, gone: Int[Array, ""], *, parallel: Parallel) -> KVCache:
+    """The cache without the `gone` tokens that follow the `first` ones of each row; no token changes its device.
+
+    Both are multiples of the ring size, and the layout is striped where it is above 1.
+    """
+    spec = parallel.spec_for(cache.k.shape, None, *_AXES)
+    ring_size = parallel.ring_size
+
+    def local(x, gone):
+        slot = jnp.arange(x.shape[2])
+        kept = jnp.where(slot < first // ring_size, slot, jnp.minimum(slot + gone // ring_size, x.shape[2] - 1))
+        return jnp.take(x, kept, axis=2)
+
+    shift = parallel.local(local, (spec, P()), spec)
+    return KVCache(shift(cache.k, gone), shift(cache.v, gone), cache.lengths - gone)
+
+
 def append_and_attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],

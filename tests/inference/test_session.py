@@ -91,6 +91,41 @@ def test_a_window_sees_no_further(model):
     assert tokens(Session(narrow, 64, chunk=8)) == expected != tokens(Session(model, 64))
 
 
+@pytest.mark.parametrize("axes", [None, (1, 1, 1, 4)])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_a_windows_cache_is_bounded(model, axes, sinks):
+    """What has left the window goes, the sinks stay, and the tokens are those of an unbounded cache."""
+    from ringjax.models.transformer import with_config
+
+    narrow = with_config(model, window=5, sinks=sinks)
+    expected = generate_text(narrow, [text_prompt(PROMPT)], max_new_tokens=60, sampling=GREEDY)[0].tolist()
+    session = Session(narrow, 400, Parallel(None if axes is None else cases.mesh(*axes)), chunk=8)
+    assert tokens(session, count=60) == expected
+    assert session._cache.capacity <= 32 and session._dropped > 60 and len(session.ids) == len(PROMPT) + 59
+    assert session.rewind(len(session.ids) - 1) > 0  # the window before it is there still
+    assert tokens(session, expected[58:59], 1) == expected[59:]
+    assert session.rewind(40) == 0 and session.ids == []
+    assert tokens(session, count=3) == expected[:3]
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+def test_a_step_ahead_changes_nothing(model, expected, lead):
+    session = Session(model, 40)
+    session._lead = lead
+    assert tokens(session, stop_ids=[expected[2]]) == expected[: expected.index(expected[2]) + 1]
+    session.rewind(0)
+    assert tokens(session) == expected[:4] and len(session.ids) == 40
+
+
+@pytest.mark.parametrize("axes", [None, (1, 1, 2, 4)])
+def test_a_first_chunk_goes_through_the_ring(model, monkeypatch, axes):
+    parallel = Parallel(None if axes is None else cases.mesh(*axes))
+    expected = tokens(Session(model, 64, parallel, chunk=8))
+    monkeypatch.setattr("ringjax.inference.session.RING_FROM", 10)
+    for chunk in (16, 64):
+        assert tokens(Session(model, 64, parallel, chunk=chunk)) == expected
+
+
 def test_going_on_and_going_back(model, expected):
     """What is rewound leaves nothing behind; drawn tokens depend on their place only."""
     session = Session(model, 64)
