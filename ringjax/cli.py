@@ -266,14 +266,15 @@ def _read_options(kind, arguments: list[str], command: str, positional: dict[str
 
 
 def _bench(arguments: list[str]) -> int:
-    benches = {"attention": _bench_attention, "train": _bench_train}
+    benches = {"attention": _bench_attention, "train": _bench_train, "generate": _bench_generate}
     if not arguments or arguments[0] not in benches:
         if arguments and arguments[0] not in ("-h", "--help"):
             raise UsageError(f"unknown benchmark {arguments[0]!r}; {_nearest(arguments[0], benches)}")
         print(
             "usage: ringjax bench attention [--lengths T …] …\n"
-            "       ringjax bench train CONFIG [--section.key value …] [--bench.steps N] …\n\n"
-            "Each checks what it times. --help after either lists its options."
+            "       ringjax bench train CONFIG [--section.key value …] [--bench.steps N] …\n"
+            "       ringjax bench generate [--sizes NAME …] [--contexts T …] …\n\n"
+            "Each checks what it times. --help after one lists its options."
         )
         return OK if arguments else USAGE
     return benches[arguments[0]](arguments[1:])
@@ -314,6 +315,21 @@ def _bench_train(arguments: list[str]) -> int:
     return OK if bench_train(run, config, ["bench", "train", *arguments]) else FAILED
 
 
+def _bench_generate(arguments: list[str]) -> int:
+    from ringjax.benchmarks.config import GenerateBench
+
+    if any(argument in ("-h", "--help") for argument in arguments):
+        about = "Prompts read and tokens written by a model of random weights, beside what the memory allows."
+        _print_help(GenerateBench(), "ringjax bench generate", about)
+    positional, pairs = split_lists(arguments)
+    if positional:
+        raise UsageError(f"ringjax bench generate takes only --options, not {' '.join(positional)}")
+    config = _read_lists(GenerateBench, pairs)
+    from ringjax.benchmarks.command import bench_generate
+
+    return OK if bench_generate(config, ["bench", "generate", *arguments]) else FAILED
+
+
 def _read_lists(kind, pairs: list[tuple[str, list[str]]], prefix: str = "--"):
     """The dataclass `kind` from `--key value …`; a field that is a tuple takes all values, another exactly one."""
     from ringjax.training.typed import build
@@ -346,7 +362,9 @@ COMMANDS = {
     "chat": Command(_chat, "chat MODEL", "talk to a published model"),
     "convert": Command(_convert, "convert SOURCE TARGET", "weights of other projects, in and out"),
     "bench": Command(
-        _bench, "bench attention | train CONFIG [--option value …]", "speed and memory, each result checked first"
+        _bench,
+        "bench attention | train CONFIG | generate [--option value …]",
+        "speed and memory, each result checked first",
     ),
     "info": Command(_info, "info", "devices, versions and attention backends"),
 }

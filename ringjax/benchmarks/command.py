@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from ringjax.benchmarks import environment, table, torch_peer, train
+from ringjax.benchmarks import environment, table, torch_peer, train, transformers_peer
 from ringjax.benchmarks.attention import run_attention, works
-from ringjax.benchmarks.config import AttentionBench, TrainBench
+from ringjax.benchmarks.config import AttentionBench, GenerateBench, TrainBench
 from ringjax.benchmarks.rows import Row
 from ringjax.training.config import RunConfig
 from ringjax.training.distributed import is_main
@@ -72,3 +72,53 @@ def bench_train(run: RunConfig, config: TrainBench, arguments: list[str]) -> boo
         table.write_results(folder, "results.md", text)
         say(f"{folder}: results.json, results.md")
     return result.good
+
+
+def bench_generate(config: GenerateBench, arguments: list[str]) -> bool:
+    """Run `ringjax bench generate`; `arguments` are those of `ringjax`."""
+    from ringjax.benchmarks import generate
+    from ringjax.benchmarks import generate_table as pages
+
+    say = lambda message: print(message, flush=True)  # noqa: E731
+    simulate_devices(config.simulated_devices)
+    models = {size: generate.model_config(size, config.dtype) for size in config.sizes}
+    peers = transformers_peer.run(config, models, say) if config.peers else []  # before JAX takes the memory
+    about = environment.describe(arguments)
+    say("\n".join(environment.header(about)))
+    folder = Path(config.output) if config.output else None
+    results: list[generate.Result] = []
+    splits: list[generate.Split] = []
+    copied = generate.copy_bandwidth() if about["platform"] == "gpu" else None
+    if copied:
+        say(f"a plain copy reads and writes {copied / 1e12:.2f} TB/s")
+
+    def write() -> None:
+        if folder is None:
+            return
+        plain = {"environment": about, "copy_bandwidth": copied, "peers": peers}
+        plain |= {"results": [r.plain() for r in results], "splits": [s.plain() for s in splits]}
+        table.write_results(folder, "results.json", plain)
+
+    def done(result: generate.Result) -> None:
+        results.append(result)
+        say("  " + "  ".join(pages.cells(result, peers)))
+        write()
+
+    def split_done(split: generate.Split) -> None:
+        splits.append(split)
+        say("  " + "  ".join(pages.split_cells(split)))
+        write()
+
+    generate.run_splits(config, split_done)
+    generate.run_generate(config, done, say)
+    body = table.markdown_table(pages.COLUMNS, [pages.cells(result, peers) for result in results])
+    if splits:
+        body += ["", *table.markdown_table(pages.SPLIT_COLUMNS, [pages.split_cells(split) for split in splits])]
+    if copied:
+        body += ["", f"A plain copy reads and writes {copied / 1e12:.2f} TB/s on this device."]
+    if folder is not None:
+        table.write_results(folder, "results.md", table.page("Generation", about, body))
+        if splits:
+            pages.plot_splits(splits, folder / "splits.png", f"{about['device']}, jax {about['versions'].get('jax')}")
+        say(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.is_file()))}")
+    return True

@@ -1,10 +1,11 @@
-"""The options of `ringjax bench attention` and `ringjax bench train`."""
+"""The options of `ringjax bench attention`, `ringjax bench train` and `ringjax bench generate`."""
 
 import dataclasses
 import re
 from typing import Literal
 
 from ringjax.attention.kernels import check_name
+from ringjax.models.sizes import get_size
 
 PEERS = ("ringattention", "tokamax", "torch")
 STRATEGIES = ("one_device", "ring", "all_gather", "ulysses", "hybrid")
@@ -140,6 +141,50 @@ class TrainOptions:
     """The command line of `ringjax bench train`: the config's own sections, and this one."""
 
     bench: TrainBench = TrainBench()
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateBench:
+    """Prompts read and tokens written after them, by the session that `ringjax chat` uses; random weights, batch 1."""
+
+    sizes: tuple[str, ...] = ("1b",)
+    """Models, by the names of `ringjax.models.sizes`; text alone."""
+    prefill: tuple[int, ...] = (32768, 131072)
+    """Tokens of the prompts that are read, the longest last."""
+    contexts: tuple[int, ...] = (8192, 32768, 131072)
+    """Tokens in the cache when tokens are written; the longest prompt must hold them."""
+    new_tokens: int = 32
+    """Tokens that are written and timed."""
+    repeats: int = 3
+    """Timed runs of each."""
+    splits: tuple[int, ...] = ()
+    """Contexts at which one layer's attention is timed with the keys split and not (Flash-Decoding)."""
+    chunk: int | None = None
+    """Tokens of a prompt that are read at once; null: the session's own choice."""
+    peers: tuple[Literal["transformers"], ...] = ()
+    """Others to time on the same GPU, in a process of its own."""
+    peer_python: str | None = None
+    """An interpreter that has them; null: this one."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights, cache and products."""
+    simulated_devices: int = 0
+    """CPU devices to simulate where there is no accelerator, 0: none."""
+    output: str | None = None
+    """A folder for results.json, results.md and plots."""
+    seed: int = 0
+    """Of weights and tokens."""
+
+    def __post_init__(self):
+        for name in ("sizes", "prefill", "contexts"):
+            _require(len(getattr(self, name)) > 0, f"{name} is empty; give at least one")
+        for size in self.sizes:
+            get_size(size)
+        _at_least(self, new_tokens=2, repeats=1, simulated_devices=0, seed=0)
+        for name in ("prefill", "contexts", "splits"):
+            least = min(getattr(self, name), default=2)
+            _require(least >= 2, f"{name} has {least}; give 2 tokens or more")
+        longest, read = max(self.contexts), max(self.prefill)
+        _require(longest <= read, f"contexts has {longest}, and the longest prompt has {read}; give --prefill {longest}")
 
 
 def split_heads(heads: str) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from ringjax.inference.prompts import PromptBatch, batch_prompts
 from ringjax.inference.sampling import Sampling, guide, sample
 from ringjax.models.cache import KVCache
 from ringjax.models.parallel import Parallel
-from ringjax.models.transformer import Transformer
+from ringjax.models.transformer import Transformer, for_decoding
 
 _ONE_DEVICE = Parallel()
 _SAMPLE = Sampling()
@@ -97,7 +97,7 @@ def _generate(model, prompts, plan: Plan, sampling: Sampling, unconditional, par
     copies = _copies(sampling)
     rows = _fill(_with_partners(prompts, unconditional, sampling), copies, parallel)
     batch, capacity = batch_prompts(rows, plan.new, parallel)
-    graph, params = nnx.split(model)
+    graph, params = nnx.split(for_decoding(model))
     if parallel.mesh is not None:
         params = jax.device_put(params, parallel.param_shardings(params))
     tokens = _run(params, batch, graph=graph, plan=plan, sampling=sampling, capacity=capacity, parallel=parallel)

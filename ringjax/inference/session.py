@@ -22,7 +22,7 @@ from ringjax.attention.kernels.base import target
 from ringjax.inference.sampling import Sampling, sample
 from ringjax.models.cache import KVCache, widen, without
 from ringjax.models.parallel import Parallel
-from ringjax.models.transformer import Transformer
+from ringjax.models.transformer import Transformer, for_decoding
 
 _ONE_DEVICE = Parallel()
 _AXES = ("layers", "batch", "sequence", "kv_heads", None)
@@ -30,7 +30,8 @@ _AXES = ("layers", "batch", "sequence", "kv_heads", None)
 CHUNK, CPU_CHUNK, SMALLEST = 32768, 512, 8
 # A first chunk this long goes through ring attention.
 RING_FROM = 64
-# The cache begins with room for so many tokens and doubles as it fills: a token costs what the cache holds.
+# The cache begins with room for so many tokens and grows as it fills: where no kernel skips what is empty, a token
+# costs what the cache has room for.
 FIRST_ROOM = 1024
 
 
@@ -52,7 +53,7 @@ class Session:
         self.ids: list[int] = []
         self._dropped = 0  # tokens that a window has left behind and the cache has no more
         self._lead = 0 if on_cpu else 1
-        self._graph, params = nnx.split(model)
+        self._graph, params = nnx.split(for_decoding(model))
         self._params = params if parallel.mesh is None else jax.device_put(params, parallel.param_shardings(params))
         # A longer shard keeps its tokens in place.
         self._movable = parallel.ring_size == 1 or parallel.layout == "striped"
@@ -74,6 +75,7 @@ class Session:
     def feed(self, ids: Sequence[int]) -> None:
         """Puts tokens into the cache, `chunk` at a time. Raises ValueError where they do not fit."""
         self._require_room(len(ids))
+        self.reserve(len(ids))
         for first in range(0, len(ids), self.chunk):
             part = ids[first : first + self.chunk]
             self._advance(part, Sampling(temperature=0))
@@ -91,6 +93,7 @@ class Session:
             raise ValueError("nothing to go on from: give at least one token")
         whole = (len(ids) - 1) // self.chunk * self.chunk
         self._require_room(len(ids))
+        self.reserve(len(ids) + max_new_tokens)
         self.feed(ids[:whole])
         stops = frozenset(int(i) for i in stop_ids)
         most = min(max_new_tokens, self.capacity - len(self.ids) - (len(ids) - whole) + 1)
@@ -132,12 +135,16 @@ class Session:
         token, self._cache = _step(self._params, cache, tokens, start, count, place, **static)
         return token
 
+    def reserve(self, count: int) -> None:
+        """Space for `count` more tokens, at once rather than as they come."""
+        needed = min(len(self.ids) - self._dropped + count, self._room)
+        if self._cache.capacity < needed:
+            self._cache = _grown(self._cache, min(self._room, self._size(needed)), self.parallel)
+
     def _make_room(self, count: int) -> None:
-        """Space for so many more tokens: a larger cache up to the most, then what a window has left behind goes."""
-        needed = len(self.ids) - self._dropped + count
-        while self._cache.capacity < min(needed, self._room):
-            self._cache = _grown(self._cache, min(2 * self._cache.capacity, self._room), self.parallel)
-        if needed > self._room:
+        """A larger cache up to the most; then what a window has left behind goes."""
+        self.reserve(count)
+        if len(self.ids) - self._dropped + count > self._room:
             ring_size = self.parallel.ring_size
             gone = (len(self.ids) - self._dropped - self._sinks - (self._window - 1)) // ring_size * ring_size
             self._cache = _without(self._cache, self._sinks, gone, parallel=self.parallel)
@@ -154,7 +161,7 @@ class Session:
         return min(self.capacity, -(-room // (2 * ring_size)) * 2 * ring_size)
 
     def _size(self, count: int) -> int:
-        """Tokens of the program that takes so many: few sizes, so few programs, and little that only fills up."""
+        """A round number of at least `count` tokens: few sizes, so few programs, and little that only fills up."""
         if count == 1:
             return 1
         size = SMALLEST

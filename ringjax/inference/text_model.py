@@ -13,7 +13,7 @@ from ringjax.inference.streaming import stream_text
 from ringjax.inference.vocabulary import Vocabulary
 from ringjax.interop.published import Published, open_published
 from ringjax.models.parallel import Parallel
-from ringjax.models.transformer import Transformer
+from ringjax.models.transformer import Transformer, for_decoding
 
 _ONE_DEVICE = Parallel()
 
@@ -51,7 +51,7 @@ class TextModel:
         beyond = [name for name, i in vocabulary.specials.items() if i >= size]
         if beyond:
             raise ValueError(f"{path}: tokens {', '.join(beyond[:4])} are beyond the model's vocabulary of {size}")
-        model = published.load(parallel, dtype=dtype, param_dtype=dtype)
+        model = for_decoding(published.load(parallel, dtype=dtype, param_dtype=dtype))
         stops = published.description.eos_ids
         return cls(model, vocabulary, found, stops, published.description.context, parallel)
 

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ringjax.attention import Reach
+from ringjax.attention.kernels.base import target
 from ringjax.models.cache import KVCache, append_and_attend, check_capacity, widen
 from ringjax.models.config import ModelConfig
 from ringjax.models.feed_forward import FeedForward
@@ -296,6 +297,11 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
     return nnx.merge(graph, stacked)
+
+
+def for_decoding(model: Transformer) -> Transformer:
+    """`unstacked` where it is faster, otherwise the model itself."""
+    return unstacked(model) if isinstance(model.h, Block) and target().platform == "gpu" else model
 
 
 def unstacked(model: Transformer) -> Transformer:

@@ -35,6 +35,25 @@ def peak_flops(device_kind: str) -> float | None:
     return None
 
 
+# Bytes a second that one device of JAX reads from its memory, from the makers' data sheets.
+_BANDWIDTHS = (
+    (r"tpu v6 ?lite|tpu v6e", 1640e9),
+    (r"tpu v5p|tpu v5$", 2765e9),
+    (r"tpu v5 ?lite|tpu v5e", 819e9),
+    (r"tpu v4", 1228e9),
+    (r"b200", 8000e9),
+    (r"h200", 4800e9),
+    (r"h100 pcie", 2000e9),
+    (r"h100", 3350e9),
+    (r"a100", 2039e9),
+)
+
+
+def peak_bandwidth(device_kind: str) -> float | None:
+    """Peak bytes a second of the memory of a device of this kind, None when it isn't known."""
+    return next((peak for pattern, peak in _BANDWIDTHS if re.search(pattern, device_kind.lower())), None)
+
+
 def flops_per_row(parameters: int, layers: int, width: int, seq_len: int) -> float:
     """Useful FLOPs of forward and backward for one row of `seq_len` tokens; `width` is heads · head size."""
     return 6.0 * parameters * seq_len + 6.0 * layers * width * float(seq_len) ** 2

@@ -48,13 +48,18 @@ def forward(
     lo: Int[Array, "B T"],
     hi: Int[Array, "B T"],
     score: Score,
+    *,
+    splits: int | None = None,
 ) -> Partial:
-    """As `reference.forward` over one layer of the caches, in float32; T · N / K is at most `ROWS`."""
+    """As `reference.forward` over one layer of the caches, in float32; T · N / K is at most `ROWS`.
+
+    `splits` (None: as many as keep all multiprocessors busy) are the parts of the keys, each read by one of them.
+    """
     batch, length, heads, head_dim = q.shape
     keys, kv_heads, v_dim = k.shape[2], k.shape[3], v.shape[-1]
     groups = heads // kv_heads
     used = -(-length * groups // 8) * 8
-    splits = max(1, MULTIPROCESSORS // (batch * kv_heads))
+    splits = splits or max(1, MULTIPROCESSORS // (batch * kv_heads))
     rows = rearrange(q, "b t (k g) h -> b k (t g) h", k=kv_heads)
     lo, hi = (jnp.repeat(jnp.clip(x, 0, keys), groups, axis=1) for x in (lo, hi))
     blocks = _split(lo, hi, keys, splits)
