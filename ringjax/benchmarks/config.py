@@ -184,7 +184,7 @@ class GenerateBench:
             least = min(getattr(self, name), default=2)
             _require(least >= 2, f"{name} has {least}; give 2 tokens or more")
         longest, read = max(self.contexts), max(self.prefill)
-        _require(longest <= read, f"contexts has {longest}, and the longest prompt has {read}; give --prefill {longest}")
+        _require(longest <= read, f"contexts has {longest}, the longest prompt {read} tokens; give --prefill {longest}")
 
 
 def split_heads(heads: str) -> tuple[int, int]:

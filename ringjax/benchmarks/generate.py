@@ -162,30 +162,35 @@ def _split(config: GenerateBench, size: str, shape: ModelConfig, context: int) -
     q, k, v = (jax.random.normal(key, heads[i > 0], shape.compute_dtype) for i, key in enumerate(keys))
     score = validate.score(None, None, shape.head_size)
     lo, hi = jnp.zeros((1, 1), jnp.int32), jnp.full((1, 1), context, jnp.int32)
-    ways = {"xla": lambda q: reference.forward(q, k, v, lo, hi, score).out}
+    ways = {"xla": lambda q, k, v: reference.forward(q, k, v, lo, hi, score).out}
     if mosaic.refuses_few(q, k[None], v[None], score) is None:
         from ringjax.attention.kernels.mosaic import split_kernel
 
-        forward = functools.partial(split_kernel.forward, score=score)
-        at = lambda q, splits: forward(q, k[None], v[None], jnp.int32(0), lo, hi, splits=splits).out  # noqa: E731
-        ways |= {"split": lambda q: at(q, None), "unsplit": lambda q: at(q, 1)}
-    expected = np.asarray(jax.jit(ways["xla"])(q), np.float64)
+        def forward(q, k, v, splits):
+            return split_kernel.forward(q, k[None], v[None], jnp.int32(0), lo, hi, score, splits=splits).out
+
+        ways |= {"split": functools.partial(forward, splits=None), "unsplit": functools.partial(forward, splits=1)}
+    expected = np.asarray(jax.jit(ways["xla"])(q, k, v), np.float64)
     chosen = decode_attention(q, k, v, lengths=jnp.full(1, context))
     error = np.linalg.norm(np.asarray(chosen, np.float64) - expected) / np.linalg.norm(expected)
     if not error <= NONSENSE:
         raise ArithmeticError(f"attention over {context} tokens is {error:.2g} off the plain formula; it is not timed")
-    seconds = {name: _seconds_a_call(way, q, config.repeats) for name, way in ways.items()}
+    seconds = {name: _seconds_a_call(way, q, k, v, config.repeats) for name, way in ways.items()}
     read = 2 * context * shape.key_heads * shape.head_size * shape.compute_dtype.itemsize
     return Split(
         size, context, seconds.get("split"), seconds.get("unsplit"), seconds["xla"], read, float(error)
     )
 
 
-def _seconds_a_call(attend: Callable, q: jax.Array, repeats: int, calls: int = 40) -> float:
+def _seconds_a_call(attend: Callable, q, k, v, repeats: int, calls: int = 40) -> float:
     """Each call's queries depend on the call before; one dispatch for all, so that the host's part does not count."""
-    loop = jax.jit(lambda q: jax.lax.fori_loop(0, calls, lambda _, q: (q + 1e-3 * attend(q)).astype(q.dtype), q))
-    jax.block_until_ready(loop(q))
-    return min(_seconds(lambda: jax.block_until_ready(loop(q))) for _ in range(repeats)) / calls
+
+    @jax.jit
+    def loop(q, k, v):
+        return jax.lax.fori_loop(0, calls, lambda _, q: (q + 1e-3 * attend(q, k, v)).astype(q.dtype), q)
+
+    jax.block_until_ready(loop(q, k, v))
+    return min(_seconds(lambda: jax.block_until_ready(loop(q, k, v))) for _ in range(repeats)) / calls
 
 
 def copy_bandwidth(repeats: int = 5) -> float:

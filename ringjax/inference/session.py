@@ -53,8 +53,11 @@ class Session:
         self.ids: list[int] = []
         self._dropped = 0  # tokens that a window has left behind and the cache has no more
         self._lead = 0 if on_cpu else 1
-        self._graph, params = nnx.split(for_decoding(model))
-        self._params = params if parallel.mesh is None else jax.device_put(params, parallel.param_shardings(params))
+        graph, params = nnx.split(for_decoding(model))
+        params = params if parallel.mesh is None else jax.device_put(params, parallel.param_shardings(params))
+        # As a list: to take hundreds of variables apart for every token takes longer than the token.
+        self._params, tree = jax.tree.flatten(params)
+        self._shape = _Shape(graph, tree, parallel)
         # A longer shard keeps its tokens in place.
         self._movable = parallel.ring_size == 1 or parallel.layout == "striped"
         # One row cannot be shared out between groups of devices: there the first chunk is one like the others.
@@ -102,7 +105,7 @@ class Session:
         for index in range(most):
             # From the device to the device: the next step does not wait for the host to see the token.
             ahead = self._advance(token, sampling) if self._lead and index + 1 < most else None
-            value = int(token[0])
+            value = token.item()
             yield value
             if value in stops or index + 1 == most:
                 return
@@ -117,22 +120,20 @@ class Session:
             )
 
     def _advance(self, ids: Sequence[int] | jax.Array, sampling: Sampling) -> jax.Array:
-        """Reads tokens after `self.ids`, which it leaves to the caller; gives the next one, `[1]`."""
-        count, place = len(ids), len(self.ids) + len(ids)
-        static = dict(graph=self._graph, sampling=sampling, parallel=self.parallel)
+        """Reads tokens after `self.ids`, which it leaves to the caller; gives the next one, `[1, 1]`."""
+        count = len(ids)
         self._make_room(count)
+        start, kept = len(self.ids), len(self.ids) - self._dropped
+        numbers = np.array([start, kept, count], np.int32)
         if not self.ids and count >= RING_FROM and self._ring:
             order, ring_size = layouts.get(self.parallel.layout), self.parallel.ring_size
             tokens = order.permute(_padded(ids, self._size(count)), ring_size, axis=1)
             capacity = max(self._cache.capacity, tokens.shape[1])
             self._cache = None  # its memory serves the new one
-            token, self._cache = _prefill(self._params, tokens, count, place, capacity=capacity, **static)
+            token, self._cache = _prefill(self._shape, sampling, capacity, self._params, tokens, numbers)
             return token
-        tokens = ids[None] if isinstance(ids, jax.Array) else _padded(ids, self._size(count))
-        # The cache's own count would include what fills up a chunk.
-        kept = jnp.asarray([len(self.ids) - self._dropped], jnp.int32)
-        cache, start = self._cache._replace(lengths=kept), len(self.ids)
-        token, self._cache = _step(self._params, cache, tokens, start, count, place, **static)
+        tokens = ids if isinstance(ids, jax.Array) else _padded(ids, self._size(count))
+        token, self._cache = _step(self._shape, sampling, self._params, self._cache, tokens, numbers)
         return token
 
     def reserve(self, count: int) -> None:
@@ -173,33 +174,52 @@ class Session:
         return -(-size // multiple) * multiple
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "sampling", "parallel"), donate_argnums=1)
-def _step(params, cache: KVCache, tokens, start, count, place, *, graph, sampling: Sampling, parallel: Parallel):
-    """The token after the first `count` of `tokens` `[1, T]`, which stand at `start` and follow those in the cache; and
-    the cache."""
-    model = nnx.merge(graph, params)
+class _Shape:
+    """What of a model is no array, so that programs are found again; it is compared for every token."""
+
+    def __init__(self, graph, tree, parallel: Parallel):
+        self.parallel, self._parts = parallel, (graph, tree, parallel)
+        self._graph, self._tree, self._hash = graph, tree, hash(self._parts)
+
+    def __hash__(self):
+        return self._hash
+
+    def __eq__(self, other):
+        return self is other or (isinstance(other, _Shape) and self._parts == other._parts)
+
+    def model(self, params: list[jax.Array]) -> Transformer:
+        """The model with these arrays."""
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, params))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _step(shape: _Shape, sampling: Sampling, params, cache: KVCache, tokens, numbers):
+    """The token after the first `count` of `tokens` `[1, T]`, which stand at `start` and follow the `kept` ones in the
+    cache; and the cache. `numbers` are start, kept and count: the cache's own length would include what fills up."""
+    model, (start, kept, count) = shape.model(params), numbers
     positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    hidden, cache = model.decode(tokens, jnp.zeros(tokens.shape, bool), positions, cache, parallel=parallel)
+    cache = cache._replace(lengths=kept[None])
+    hidden, cache = model.decode(tokens, jnp.zeros(tokens.shape, bool), positions, cache, parallel=shape.parallel)
     last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
-    return _drawn(model, last, place, sampling), cache
+    return _drawn(model, last, start + count, sampling), cache
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "sampling", "parallel", "capacity"))
-def _prefill(params, tokens, count, place, *, capacity: int, graph, sampling: Sampling, parallel: Parallel):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(shape: _Shape, sampling: Sampling, capacity: int, params, tokens, numbers):
     """`_step` for an empty cache, by ring attention; `tokens` are in layout order."""
-    model = nnx.merge(graph, params)
+    model, parallel, count = shape.model(params), shape.parallel, numbers[2]
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = layouts.get(parallel.layout).permute(index, parallel.ring_size, axis=1)
     hidden, cache = model.prefill(
         tokens, jnp.zeros(tokens.shape, bool), positions, cache_length=capacity, parallel=parallel
     )
     last = jnp.sum(jnp.where((positions == count - 1)[..., None], hidden, 0), axis=1)
-    return _drawn(model, last, place, sampling), cache
+    return _drawn(model, last, count, sampling), cache
 
 
 def _drawn(model: Transformer, last, place, sampling: Sampling) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(sampling.seed), place)
-    return sample(model.text_logits(last), key[None], sampling)
+    return sample(model.text_logits(last), key[None], sampling)[None]
 
 
 def _padded(ids: Sequence[int], size: int) -> np.ndarray:

@@ -94,9 +94,9 @@ def append_and_attend(
 
     def local(q, q_sinks, k, v, k_caches, v_caches, lengths, layer):
         slots = _slots(lengths, new, k_caches.shape[2], axis_name, parallel)
-        # One token after what is there is within bounds; to check that would be a program on the device of its own.
-        mode = "promise_in_bounds" if new == 1 and axis_name is None else "drop"
-        k_caches, v_caches = (_written(*pair, layer, slots, mode) for pair in ((k_caches, k), (v_caches, v)))
+        single = new == 1 and lengths.shape[0] == 1 and axis_name is None
+        write = _written_one if single else _written
+        k_caches, v_caches = (write(*pair, layer, slots) for pair in ((k_caches, k), (v_caches, v)))
         out, _ = cached_attention(
             q, *parallel.own_heads(kv_heads, k_caches, v_caches), layer, lengths=lengths + new, axis_name=axis_name,
             window=window, softcap=softcap, layout=parallel.layout, backend=parallel.backend, sinks=sinks,
@@ -111,11 +111,15 @@ def append_and_attend(
     return out, cache._replace(k=k, v=v)
 
 
-def _written(caches, x, layer, slots: Int[Array, "B T"], mode: str):
-    """The caches with `x` `[B, T, K, H]` in one layer's slots."""
-    x = x.astype(caches.dtype)
+def _written(caches, x, layer, slots: Int[Array, "B T"]):
+    """The caches with `x` `[B, T, K, H]` in one layer's slots, but for those past the end."""
     row = jnp.arange(x.shape[0])[:, None]
-    return caches.at[layer, row, slots].set(x, mode=mode, unique_indices=True)
+    return caches.at[layer, row, slots].set(x.astype(caches.dtype), mode="drop", unique_indices=True)
+
+
+def _written_one(caches, x, layer, slots: Int[Array, "1 1"]):
+    """The same for one token that has room: nothing is checked, which would be three programs on a GPU for one."""
+    return lax.dynamic_update_slice(caches, x[None].astype(caches.dtype), (layer, 0, slots[0, 0], 0, 0))
 
 
 def _slots(lengths, new: int, capacity: int, axis_name: str | None, parallel: Parallel) -> Int[Array, "B T"]:
