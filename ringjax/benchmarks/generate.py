@@ -85,7 +85,8 @@ def _one_model(config: GenerateBench, size: str, done, say) -> None:
     table = shape.vocab_size * shape.width
     weights = (parameters - (0 if shape.tie_embeddings else table)) * shape.compute_dtype.itemsize
     prompts = sorted(config.prefill)
-    session = Session(model, prompts[-1] + config.new_tokens + 2 * parallel.ring_size, parallel, config.chunk)
+    step = 2 * parallel.ring_size  # what every layout can cut
+    session = Session(model, (prompts[-1] + config.new_tokens) // step * step + step, parallel, config.chunk)
     session.reserve(session.capacity)
     del model
     ids = np.random.default_rng(config.seed).integers(0, shape.vocab_size, prompts[-1]).tolist()

@@ -28,6 +28,8 @@ _ONE_DEVICE = Parallel()
 _AXES = ("layers", "batch", "sequence", "kv_heads", None)
 # Tokens of a chunk on each device; on CPUs, whose attention computes what a mask hides, of all.
 CHUNK, CPU_CHUNK, SMALLEST = 32768, 512, 8
+# Slots of a device's share come in so many: the kernels' copies take no other number.
+ROOM_MULTIPLE = 8
 # A first chunk this long goes through ring attention.
 RING_FROM = 64
 # The cache begins with room for so many tokens and grows as it fills: where no kernel skips what is empty, a token
@@ -63,7 +65,7 @@ class Session:
         # One row cannot be shared out between groups of devices: there the first chunk is one like the others.
         self._ring = self._movable and parallel.size("dp", "fsdp") == 1
         self._room = self._most_room(model.config)
-        first = -(-FIRST_ROOM // parallel.ring_size) * parallel.ring_size  # each device's share is whole
+        first = _rounded(FIRST_ROOM, ROOM_MULTIPLE * parallel.ring_size)
         self._cache = _empty(model, min(self._room, first) if self._movable else capacity, parallel)
 
     def rewind(self, length: int) -> int:
@@ -155,11 +157,12 @@ class Session:
         """Tokens that the cache holds at most. A window's are kept for one more window, or chunk, so that clearing
         away costs little."""
         self._window, ring_size = config.window, self.parallel.ring_size
-        self._sinks = -(-config.sinks // ring_size) * ring_size  # each device keeps as many
+        self._sinks = _rounded(config.sinks, ring_size)  # each device keeps as many
+        most = _rounded(self.capacity, ROOM_MULTIPLE * ring_size) if self._movable else self.capacity
         if self._window is None or not self._movable:
-            return self.capacity
+            return most
         room = self._sinks + self._window + max(self._window, self.chunk) + 2 * ring_size
-        return min(self.capacity, -(-room // (2 * ring_size)) * 2 * ring_size)
+        return min(most, _rounded(room, ROOM_MULTIPLE * ring_size))
 
     def _size(self, count: int) -> int:
         """A round number of at least `count` tokens: few sizes, so few programs, and little that only fills up."""
@@ -170,8 +173,7 @@ class Session:
             size *= 2
         if size > 16 * SMALLEST:  # in between: 5, 6 and 7 eighths
             size = next(size * part // 8 for part in (5, 6, 7, 8) if size * part // 8 >= count)
-        multiple = 2 * self.parallel.ring_size
-        return -(-size // multiple) * multiple
+        return _rounded(size, ROOM_MULTIPLE * self.parallel.ring_size)
 
 
 class _Shape:
@@ -220,6 +222,10 @@ def _prefill(shape: _Shape, sampling: Sampling, capacity: int, params, tokens, n
 def _drawn(model: Transformer, last, place, sampling: Sampling) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(sampling.seed), place)
     return sample(model.text_logits(last), key[None], sampling)[None]
+
+
+def _rounded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def _padded(ids: Sequence[int], size: int) -> np.ndarray:

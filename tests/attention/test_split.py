@@ -48,3 +48,16 @@ def test_has_no_races():
         found = split_kernel.forward(q, k[None], v[None], jnp.int32(0), *bounds, validate.score(None, None, 64))
         jax.block_until_ready(found)
     assert not gpu_callbacks.get_races().races_found
+
+
+def test_what_it_refuses(monkeypatch):
+    monkeypatch.setattr(mosaic, "unavailable", lambda: None)
+    score = validate.score(None, None, 64)
+
+    def reason(new=1, heads=4, slots=64, head_dim=64, dtype=jnp.bfloat16):
+        cache = jax.ShapeDtypeStruct((2, 1, slots, 2, head_dim), dtype)
+        return mosaic.refuses_few(jax.ShapeDtypeStruct((1, new, heads, head_dim), dtype), cache, cache, score)
+
+    assert reason() is None
+    assert "33 slots" in reason(slots=33) and "head size 32" in reason(head_dim=32)
+    assert "66 queries" in reason(new=33) and "float32" in reason(dtype=jnp.float32)

@@ -69,15 +69,20 @@ def refuses(q: Array, k: Array, v: Array, score: Score) -> str | None:
 
 
 def refuses_few(q: Array, k_caches: Array, v_caches: Array, score: Score) -> str | None:
-    """Why `split_kernel` does not serve these inputs (caches `[layers, B, S, K, H]`), or the target cannot run it."""
+    """Why `split_kernel` does not serve these inputs (caches `[layers, B, S, K, H]`), or the target cannot run it.
+
+    Nothing is filled up with zeros here, as for longer queries: it would copy the cache for every token.
+    """
     if reason := unavailable() or refuses(q, k_caches, v_caches, score):
         return reason
     rows = q.shape[1] * q.shape[2] // k_caches.shape[3]
     if rows > FEW_ROWS:
         return f"{rows} queries a key/value head are more than {FEW_ROWS}"
+    if k_caches.shape[2] % LENGTH_MULTIPLE:
+        return f"{k_caches.shape[2]} slots of the cache are no multiple of {LENGTH_MULTIPLE}"
     for size in (q.shape[-1], v_caches.shape[-1]):
         if size % HEAD_MULTIPLE:
-            return f"head size {size} is no multiple of {HEAD_MULTIPLE}"  # filling up would copy the cache
+            return f"head size {size} is no multiple of {HEAD_MULTIPLE}"
     return None
 
 
