@@ -1,10 +1,11 @@
 """Attention of a few new tokens over a long cache (Flash-Decoding)."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ringjax.attention import kernels, layouts, validate
+from ringjax.attention import kernels, layouts, quantised, validate
 from ringjax.attention.api import Attention
 from ringjax.attention.kernels import mosaic, reference
 from ringjax.attention.kernels.base import Score
@@ -68,12 +69,15 @@ def cached_attention(
     backend: str = "auto",
     sinks: int = 0,
     q_sinks: Float[Array, "B T N H"] | None = None,
+    scales: tuple[Float[Array, "layers B S K"], Float[Array, "layers B S K"]] | None = None,
 ) -> Partial:
     """`decode_attention` over one layer of the caches of all, which are read where they lie; float32 out and lse.
 
-    With `sinks` the first tokens of the cache are seen too, by `q_sinks`, once they have left the window.
+    With `sinks` the first tokens of the cache are seen too, by `q_sinks`, once they have left the window. With `scales`
+    (of K and of V) the caches hold int8 numbers.
     """
-    validate.arrays(q, k_caches[layer], v_caches[layer], "k_cache", "v_cache")
+    one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype if scales is None else q.dtype) for x in (k_caches, v_caches)]
+    validate.arrays(q, *one, "k_cache", "v_cache")
     batch, new = q.shape[:2]
     order, slots = layouts.get(layout), k_caches.shape[2]
     ring_size = 1 if axis_name is None else lax.axis_size(axis_name)
@@ -88,27 +92,39 @@ def cached_attention(
     shard = 0 if axis_name is None else lax.axis_index(axis_name)
     lo, hi = (order.slots_below(x, shard, ring_size, slots) for x in (start, stop))
     score = validate.score(scale, softcap, q.shape[-1])
-    part = _attend(q, k_caches, v_caches, layer, lo, hi, score, backend)
+    caches = k_caches, v_caches, *(scales or ())
+    part = _attend(q, caches, layer, lo, hi, score, backend)
     if sinks:
         gone = order.slots_below(jnp.clip(start, 0, sinks), shard, ring_size, slots)
-        first = (lax.dynamic_index_in_dim(x[:, :, :sinks], layer, keepdims=False) for x in (k_caches, v_caches))
-        part = merge(part, reference.forward(q_sinks, *first, jnp.zeros_like(gone), gone, score))
+        k, v = _layer(tuple(x[:, :, :sinks] for x in caches), layer, q.dtype)
+        part = merge(part, reference.forward(q_sinks, k, v, jnp.zeros_like(gone), gone, score))
     return part if axis_name is None else merge_across(part, axis_name)
 
 
-def _attend(q, k_caches, v_caches, layer, lo, hi, score: Score, backend: str) -> Partial:
+def _attend(q, caches: tuple[Array, ...], layer, lo, hi, score: Score, backend: str) -> Partial:
     few = backend == "auto" and q.shape[1] <= FEW
-    if few and mosaic.refuses_few(q, k_caches, v_caches, score) is None:
+    if few and len(caches) == 4:
+        one = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in caches)
+        return quantised.forward(q, *one, lo, hi, score)
+    if few and mosaic.refuses_few(q, *caches, score) is None:
         from ringjax.attention.kernels.mosaic import split_kernel
 
-        return split_kernel.forward(q, k_caches, v_caches, layer, lo, hi, score)
-    k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_caches, v_caches))
+        return split_kernel.forward(q, *caches, layer, lo, hi, score)
+    k, v = _layer(caches, layer, q.dtype)
     kernel = kernels.choose("reference" if few else backend, q, k, v, score).interval
     if kernel is None:
         raise NotImplementedError(
             f"backend {backend!r} does not serve decoding: how much of the cache is seen is data; use backend='auto'"
         )
     return Partial(*kernel.forward(q, k, v, lo, hi, score))
+
+
+def _layer(caches: tuple[Array, ...], layer, dtype) -> tuple[Array, Array]:
+    """K and V of one layer."""
+    if len(caches) == 4:
+        return quantised.layer_of(caches, layer, dtype)
+    k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in caches)
+    return k, v
 
 
 def _lengths(lengths, batch: int) -> Int[Array, " B"]:

@@ -15,17 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from ringjax.attention import layouts
 from ringjax.attention.kernels.base import target
 from ringjax.inference.sampling import Sampling, sample
-from ringjax.models.cache import KVCache, widen, without
+from ringjax.models.cache import CacheType, KVCache, empty_cache, widen, without
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer, for_decoding
 
 _ONE_DEVICE = Parallel()
-_AXES = ("layers", "batch", "sequence", "kv_heads", None)
 # Tokens of a chunk on each device; on CPUs, whose attention computes what a mask hides, of all.
 CHUNK, CPU_CHUNK, SMALLEST = 32768, 512, 8
 # Slots of a device's share come in so many: the kernels' copies take no other number.
@@ -44,7 +42,12 @@ class Session:
     """
 
     def __init__(
-        self, model: Transformer, capacity: int, parallel: Parallel = _ONE_DEVICE, chunk: int | None = None
+        self,
+        model: Transformer,
+        capacity: int,
+        parallel: Parallel = _ONE_DEVICE,
+        chunk: int | None = None,
+        cache_type: CacheType | None = None,
     ):
         layouts.get(parallel.layout).validate(capacity, parallel.ring_size)
         on_cpu = target().platform == "cpu"
@@ -59,14 +62,15 @@ class Session:
         params = params if parallel.mesh is None else jax.device_put(params, parallel.param_shardings(params))
         # As a list: to take hundreds of variables apart for every token takes longer than the token.
         self._params, tree = jax.tree.flatten(params)
-        self._shape = _Shape(graph, tree, parallel)
+        self._shape = _Shape(graph, tree, parallel, cache_type)
         # A longer shard keeps its tokens in place.
         self._movable = parallel.ring_size == 1 or parallel.layout == "striped"
         # One row cannot be shared out between groups of devices: there the first chunk is one like the others.
         self._ring = self._movable and parallel.size("dp", "fsdp") == 1
         self._room = self._most_room(model.config)
         first = _rounded(FIRST_ROOM, ROOM_MULTIPLE * parallel.ring_size)
-        self._cache = _empty(model, min(self._room, first) if self._movable else capacity, parallel)
+        first = min(self._room, first) if self._movable else capacity
+        self._cache = empty_cache(model.config, 1, first, parallel, cache_type)
 
     def rewind(self, length: int) -> int:
         """Forget all but the first `length` tokens; gives how many are left: none where a window has dropped those
@@ -179,8 +183,8 @@ class Session:
 class _Shape:
     """What of a model is no array, so that programs are found again; it is compared for every token."""
 
-    def __init__(self, graph, tree, parallel: Parallel):
-        self.parallel, self._parts = parallel, (graph, tree, parallel)
+    def __init__(self, graph, tree, parallel: Parallel, cache_type: CacheType | None):
+        self.parallel, self.cache_type, self._parts = parallel, cache_type, (graph, tree, parallel, cache_type)
         self._graph, self._tree, self._hash = graph, tree, hash(self._parts)
 
     def __hash__(self):
@@ -213,8 +217,9 @@ def _prefill(shape: _Shape, sampling: Sampling, capacity: int, params, tokens, n
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = layouts.get(parallel.layout).permute(index, parallel.ring_size, axis=1)
     hidden, cache = model.prefill(
-        tokens, jnp.zeros(tokens.shape, bool), positions, cache_length=capacity, parallel=parallel
-    )
+        tokens, jnp.zeros(tokens.shape, bool), positions, cache_length=capacity, parallel=parallel,
+        cache_type=shape.cache_type,
+    )  # fmt: skip
     last = jnp.sum(jnp.where((positions == count - 1)[..., None], hidden, 0), axis=1)
     return _drawn(model, last, count, sampling), cache
 
@@ -238,17 +243,7 @@ def _padded(ids: Sequence[int], size: int) -> np.ndarray:
 def _grown(cache: KVCache, capacity: int, parallel: Parallel) -> KVCache:
     """The cache with room for more; no token changes its device."""
     wider = jax.vmap(lambda x: widen(x, capacity, parallel))
-    return cache._replace(k=wider(cache.k), v=wider(cache.v))
+    return cache.with_arrays(map(wider, cache.arrays))
 
 
 _without = jax.jit(without, static_argnames=("first", "parallel"), donate_argnums=0)
-
-
-def _empty(model: Transformer, capacity: int, parallel: Parallel) -> KVCache:
-    config = model.config
-    shape = (config.layers, 1, capacity, config.key_heads, config.head_size)
-    sharding = None
-    if parallel.mesh is not None:
-        sharding = NamedSharding(parallel.mesh, parallel.spec_for(shape, *_AXES))
-    zeros = jax.jit(lambda: jnp.zeros(shape, config.compute_dtype), out_shardings=sharding)
-    return KVCache(zeros(), zeros(), jnp.zeros(1, jnp.int32))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ringjax.attention import Reach
 from ringjax.attention.kernels.base import target
-from ringjax.models.cache import KVCache, append_and_attend, check_capacity, widen
+from ringjax.models.cache import CacheType, KVCache, append_and_attend, check_capacity, filled
 from ringjax.models.config import ModelConfig
 from ringjax.models.feed_forward import FeedForward
 from ringjax.models.layers import Embedding, Linear, RMSNorm, look_up
@@ -171,6 +171,7 @@ class Transformer(nnx.Module):
         cache_length: int,
         lengths: Int[Array, " B"] | None = None,
         parallel: Parallel = _ONE_DEVICE,
+        cache_type: CacheType | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """`hidden`, and the cache of the first `lengths` `[B]` tokens (None: all T) with room for `cache_length`.
 
@@ -178,12 +179,12 @@ class Transformer(nnx.Module):
         """
         batch, length = tokens.shape
         check_capacity(length, cache_length, parallel)
-        x, (k, v) = self._through(
+        x, (k, v, *scales) = self._through(
             tokens, modality, positions, reach, parallel,
-            keep=lambda k, v: (widen(k, cache_length, parallel), widen(v, cache_length, parallel)),
+            keep=lambda k, v: filled(k, v, cache_length, parallel, cache_type),
         )  # fmt: skip
         lengths = jnp.full((batch,), length, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
-        return self.ln_f(x), KVCache(k, v, lengths)
+        return self.ln_f(x), KVCache(k, v, lengths, *scales)
 
     def decode(
         self,

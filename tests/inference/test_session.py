@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from ringjax.attention.quantised import dequantise
 from ringjax.inference import generate_text, text_prompt
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.session import Session
@@ -106,6 +107,24 @@ def test_a_windows_cache_is_bounded(model, axes, sinks):
     assert tokens(session, expected[58:59], 1) == expected[59:]
     assert session.rewind(40) == 0 and session.ids == []
     assert tokens(session, count=3) == expected[:3]
+
+
+@pytest.mark.parametrize("axes, layout", [(None, "striped"), ((1, 1, 2, 4), "striped"), ((1, 1, 1, 2), "zigzag")])
+def test_an_int8_cache(model, monkeypatch, axes, layout):
+    """A quarter of float32's memory; the same however it was filled, and near the exact one."""
+    monkeypatch.setattr("ringjax.inference.session.RING_FROM", 10)
+    parallel = Parallel(None if axes is None else cases.mesh(*axes), layout)
+    session = Session(model, 64, parallel, chunk=16, cache_type="int8")
+    found = tokens(session, count=8)
+    assert found == tokens(Session(model, 64, chunk=64, cache_type="int8"), count=8)
+    whole = Session(model, 64, chunk=64)
+    whole.feed(PROMPT)
+    session.rewind(len(PROMPT))
+    assert session._cache.k.dtype == np.int8 and session._cache.k_scale.shape == session._cache.k.shape[:-1]
+    if axes is None:
+        kept = dequantise(session._cache.k, session._cache.k_scale, np.float32)[:, :, : len(PROMPT)]
+        error = np.abs(kept - whole._cache.k[:, :, : len(PROMPT)])
+        assert 0 < error.max() < 0.2 and error.mean() < 0.02
 
 
 @pytest.mark.parametrize("lead", [0, 1])
