@@ -115,7 +115,10 @@ class Llava(nnx.Module):
         *,
         parallel: Parallel = _ONE_DEVICE,
     ) -> Float[Array, "B T D"]:
-        """The final norm's output; `index` is `feature_index` of the tokens, in layout order as they are."""
+        """The final norm's output; `index` is `feature_index` of the tokens, in layout order as they are.
+
+        `check_images` says on the host whether tokens and pictures fit; here, an image token too many becomes NaN.
+        """
         features = Features(self.image_features(pixels, parallel), index)
         modality = jnp.zeros(tokens.shape, bool)
         return self.language.hidden(tokens, modality, positions, reach, features=features, parallel=parallel)
