@@ -24,6 +24,7 @@ from ringjax.models.clip import Preprocessing
 from ringjax.models.features import Features, feature_index
 from ringjax.models.llava import Llava, check_images
 from ringjax.models.parallel import Parallel
+from ringjax.models.transformer import for_decoding
 
 IMAGE = "<image>"
 _ONE_DEVICE = Parallel()
@@ -60,6 +61,7 @@ class LlavaModel:
             raise ValueError(f"{path}: {IMAGE} is ids {found} in the tokenizer and {wanted} in config.json")
         prepare = read_folder_preprocessing(path, described.config)
         model = load_llava(path, parallel, dtype=dtype, param_dtype=dtype)
+        model.language = for_decoding(model.language)
         return cls(model, prepare, vocabulary, described.text.eos_ids, described.text.context, parallel)
 
     def answer(

@@ -108,6 +108,10 @@ def refuse_unknown(fields: Mapping[str, Any], known: Collection[str], where: str
 
 class _Reader:
     def __init__(self, fields: Mapping[str, Any], where: str):
+        if fields.get("model_type") == "llava":
+            raise NotImplementedError(
+                f"{where}: model_type 'llava' sees pictures too; open it with ringjax.inference.llava_model.LlavaModel"
+            )
         missing = [name for name in _REQUIRED if fields.get(name) is None]
         if missing:
             raise ValueError(f"{where} has no {listed(missing)}; is it the config of a language model?")

@@ -12,6 +12,7 @@ from ringjax.inference.llava_model import IMAGE, LlavaModel, read_picture
 from ringjax.inference.sampling import Sampling
 from ringjax.models import Parallel
 from ringjax.models.features import feature_index
+from ringjax.models.transformer import unstacked
 from tests.interop import llava_small
 from tests.interop.tokenizers_small import SPECIALS, tokenizer_json
 from tests.models import cases
@@ -74,6 +75,14 @@ def test_each_token_is_the_likeliest_after_those_before_it(model):
 def test_answers_do_not_depend_on_the_mesh(folder, model, shape, layout):
     cut = LlavaModel.load(folder, parallel=Parallel(cases.mesh(*shape), layout))
     assert tokens_of(cut, PICTURES, PROMPT) == tokens_of(model, PICTURES, PROMPT)
+
+
+@pytest.mark.slow
+def test_layers_apart_say_the_same(folder, model):
+    """As on GPUs."""
+    apart = LlavaModel.load(folder)
+    apart.model.language = unstacked(apart.model.language)
+    assert tokens_of(apart, PICTURES, PROMPT) == tokens_of(model, PICTURES, PROMPT)
 
 
 def test_an_answer_is_text(model, tmp_path):

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from ringjax.interop.llava import load_llava, read_folder_preprocessing, read_llava
 from ringjax.interop.llava_config import read_llava_config, read_preprocessing
+from ringjax.interop.published import open_published
 from ringjax.interop.tensors import INDEX
 from ringjax.models import Parallel
 from tests.interop import llava_small, make_golden, parity
@@ -143,6 +144,11 @@ def test_what_is_refused(name):
     fields, message = REFUSED[name]
     with pytest.raises((ValueError, NotImplementedError), match=message):
         read_llava_config(fields)
+
+
+def test_where_a_language_model_is_wanted(folder):
+    with pytest.raises(NotImplementedError, match="'llava' sees pictures too; open it with .*LlavaModel"):
+        open_published(folder)
 
 
 def test_tensors_that_do_not_fit_are_listed(tmp_path):
