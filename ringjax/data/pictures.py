@@ -4,6 +4,7 @@ PNG, JPEG, WebP and GIF, still or animated. A camera's rotation mark (EXIF) is o
 background; palettes, grey, CMYK and 16-bit grey become RGB or grey as the image tokenizer wants.
 """
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -40,11 +41,24 @@ def read_frames(
     Raises:
         DataError: the file is missing, damaged, of another kind, or too large.
     """
+    with _explained(path):
+        return _read(Path(path), resolution, channels, fit, background, max_frames)
+
+
+def open_picture(path: str | Path, channels: int = 3, background: str = "white") -> Image.Image:
+    """A picture (of a clip, the first frame) as `flatten` makes it, in its own size. Raises as `read_frames` does."""
+    with _explained(path), Image.open(path, formats=FORMATS) as picture:
+        return flatten(picture, channels, background)
+
+
+@contextlib.contextmanager
+def _explained(path: str | Path):
+    """Pillow's many faults as a DataError."""
     try:
         with warnings.catch_warnings():
             # A picture of more pixels than Pillow trusts is an error for this line, not a message on the screen.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _read(Path(path), resolution, channels, fit, background, max_frames)
+            yield
     except FileNotFoundError:
         raise DataError(f"picture {path} does not exist") from None
     except DataError:

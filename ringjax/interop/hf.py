@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from ringjax.interop.hf_config import Description, read_hf_config, write_hf_config
 from ringjax.interop.load import load_params
-from ringjax.interop.names import hf_recipes
+from ringjax.interop.names import HF_OUTER, hf_recipes
 from ringjax.interop.tensors import INDEX, SINGLE, SafetensorsSource, TensorSource, read_json
 from ringjax.models.config import ModelConfig
 from ringjax.models.parallel import Parallel
@@ -60,18 +60,23 @@ def load_hf(
 
 def load_weights(folder: str | Path, config: ModelConfig, parallel: Parallel) -> Transformer:
     """The model of `config` with the tensors of a folder."""
-    source = SafetensorsSource(folder)
-    if config.tie_embeddings and "lm_head.weight" in source.shapes:
-        _require_tied(source)
-    tied = {"lm_head.weight"} if config.tie_embeddings else set()
-    return load_params(
-        config, source, hf_recipes(config), parallel, ignored=lambda name: name in tied or bool(_BUFFERS.search(name))
-    )
+    source, recipes = SafetensorsSource(folder), hf_recipes(config)
+    return load_params(config, source, recipes, parallel, ignored=left_aside(source, config, HF_OUTER))
 
 
-def _require_tied(source: TensorSource) -> None:
+def left_aside(source: TensorSource, config: ModelConfig, outer: Mapping[str, str]) -> Callable[[str], bool]:
+    """Which tensors of a language model are not read: old files' buffers, and a head that is the table.
+
+    `outer` names the head and the table. Raises ValueError where embeddings are tied and the head is another.
+    """
+    head = outer["lm_head/kernel"] if config.tie_embeddings else None
+    if head in source.shapes:
+        _require_tied(source, head, outer["wte/embedding"])
+    return lambda name: name == head or bool(_BUFFERS.search(name))
+
+
+def _require_tied(source: TensorSource, head: str, table: str) -> None:
     """A head beside tied embeddings must be the table; else either the file or its config is wrong."""
-    head, table = "lm_head.weight", "model.embed_tokens.weight"
     shape = source.shapes[head]
     if source.shapes.get(table) != shape:
         raise ValueError(f"{source.path}: {head} is {shape}, and config.json says that it is {table}")

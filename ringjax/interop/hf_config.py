@@ -6,7 +6,7 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ringjax.interop.tensors import listed
@@ -37,7 +37,7 @@ _REQUIRED = (
     "vocab_size",
 )
 # Fields that say nothing about the logits of a forward pass.
-_HARMLESS = {
+HARMLESS = {
     "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
     "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id",
     "dtype", "eos_token_id", "finetuning_task", "id2label", "is_decoder", "is_llama_config",
@@ -45,8 +45,17 @@ _HARMLESS = {
     "return_dict", "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "transformers.js_config",
     "transformers_version", "use_cache",
 }  # fmt: skip
+# How old versions told their generator to write, in every config.json.
+HARMLESS |= {
+    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
+    "suppress_tokens", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "top_k", "top_p", "torchscript",
+    "typical_p", "use_bfloat16",
+}  # fmt: skip
 # What they say where they are not null, false or empty, and why that is not read.
-_EMPTY_ONLY = {
+EMPTY_ONLY = {
     "quantization_config": "only weights that are not quantised are read",
     "pruned_heads": "only whole models are read",
     "rope_interleaved": "Hugging Face's LLaMA pairs the halves of a head",
@@ -84,8 +93,25 @@ def read_hf_config(fields: Mapping[str, Any], where: str = "config.json") -> Des
     return _Reader(fields, where).description()
 
 
+def refuse_unknown(fields: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Raises NotImplementedError for fields that are not `known` and may change what the model computes."""
+    unknown = sorted(set(fields) - set(known) - HARMLESS - set(EMPTY_ONLY))
+    if unknown:
+        raise NotImplementedError(
+            f"{where} has {listed([f'{name}: {fields[name]!r}' for name in unknown])}, unknown here; it may change what"
+            " the model computes. Take it out if it does not"
+        )
+    for name, rule in EMPTY_ONLY.items():
+        if fields.get(name):
+            raise NotImplementedError(f"{where}: {name} {fields[name]!r} is not supported: {rule}")
+
+
 class _Reader:
     def __init__(self, fields: Mapping[str, Any], where: str):
+        if fields.get("model_type") == "llava":
+            raise NotImplementedError(
+                f"{where}: model_type 'llava' sees pictures too; open it with ringjax.inference.llava_model.LlavaModel"
+            )
         missing = [name for name in _REQUIRED if fields.get(name) is None]
         if missing:
             raise ValueError(f"{where} has no {listed(missing)}; is it the config of a language model?")
@@ -116,15 +142,7 @@ class _Reader:
         wanted, found = ARCHITECTURES[self.kind], self.fields.get("architectures") or [ARCHITECTURES[self.kind]]
         if found != [wanted]:
             raise self._refused("architectures", f"a {self.kind} model here is a {wanted}")
-        unknown = sorted(set(self.fields) - set(_DEFAULTS) - set(_REQUIRED) - _HARMLESS - set(_EMPTY_ONLY))
-        if unknown:
-            raise NotImplementedError(
-                f"{self.where} has {listed([f'{name}: {self.fields[name]!r}' for name in unknown])}, unknown here;"
-                " it may change what the model computes. Take it out if it does not"
-            )
-        for name, rule in _EMPTY_ONLY.items():
-            if self.fields.get(name):
-                raise self._refused(name, rule)
+        refuse_unknown(self.fields, {*_DEFAULTS, *_REQUIRED}, self.where)
         if self.fields["hidden_act"] not in ("silu", "swish"):
             raise self._refused("hidden_act", "the feed-forward is SwiGLU: silu")
         for name in ("mlp_bias", "attention_bias"):

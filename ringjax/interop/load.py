@@ -1,6 +1,7 @@
 """From a source of tensors to a model whose parameters lie where they live on a mesh."""
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
 
 _ONE_DEVICE = Parallel()
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 def load_params(
@@ -24,12 +26,24 @@ def load_params(
     *,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> Transformer:
-    """The model of `config` with the parameters that `recipes` make of the source, in the config's `param_dtype`.
+    """The model of `config` with the parameters that `recipes` make of the source; see `load_module`."""
+    return load_module(Transformer.abstract(config), source, recipes, parallel, ignored=ignored)
+
+
+def load_module(
+    abstract: Module,
+    source: TensorSource,
+    recipes: Mapping[Path, Recipe],
+    parallel: Parallel = _ONE_DEVICE,
+    *,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> Module:
+    """`abstract` with the parameters that `recipes` make of the source, in the types that it has.
 
     Each device's part is read by itself: no parameter is whole in host memory unless it is on a device. Tensors for
     which `ignored(name)` holds are left aside. Raises ValueError that lists what is missing, unknown or misshapen.
     """
-    graph, state = nnx.split(Transformer.abstract(config))
+    graph, state = nnx.split(abstract)
     flat = dict(nnx.to_flat_state(state))
     check_tensors(source, recipes, ignored)
     shardings = None if parallel.mesh is None else dict(nnx.to_flat_state(parallel.param_shardings(state)))

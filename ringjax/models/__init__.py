@@ -9,6 +9,10 @@
     remat         what the backward pass computes again
     cache         keys and values during generation
     transformer   the model
+    features      vectors of pictures in the places of tokens
+    clip          the vision transformer that makes them
+    llava         both together: LLaVA-1.5
+    vqgan         the image tokenizer
 """
 
 from ringjax.models.cache import KVCache

@@ -1,6 +1,7 @@
 """The parts of a block. Parameters carry the names of their axes, which `parallel.py` puts on the mesh."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -163,3 +164,16 @@ def _look_up_backward(dtype, parallel: Parallel, residuals, dout):
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`make(rngs)` `count` times as one module whose parameters have a leading layers axis, for a scan."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    keys = jax.random.split(rngs.params(), count)
+    state = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(params=key))))(keys)
+    together = jax.tree.map(
+        lambda leaf: leaf.replace(leaf.get_value(), axes=("layers", *leaf.get_metadata()["axes"])),
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+    return nnx.merge(graph, together)

@@ -21,6 +21,7 @@ MESH_AXES = ("dp", "fsdp", "tp", "sp")
 # The table. Parameters are cut along `embed`, activations never are: their width is whole on every device.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("dp", "fsdp"),
+    "images": ("dp", "fsdp", "sp"),
     "sequence": ("sp",),
     "heads": ("tp",),
     "kv_heads": ("tp",),

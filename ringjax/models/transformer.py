@@ -19,8 +19,9 @@ from ringjax.attention import Reach
 from ringjax.attention.kernels.base import target
 from ringjax.models.cache import CacheType, KVCache, append_and_attend, check_capacity, filled
 from ringjax.models.config import ModelConfig
+from ringjax.models.features import Features, splice
 from ringjax.models.feed_forward import FeedForward
-from ringjax.models.layers import Embedding, Linear, RMSNorm, look_up
+from ringjax.models.layers import Embedding, Linear, RMSNorm, look_up, stacked
 from ringjax.models.parallel import Parallel
 from ringjax.models.remat import PROJECTIONS, rematerialise
 from ringjax.models.rope import rotate, rotations
@@ -122,13 +123,14 @@ class Transformer(nnx.Module):
     """Text and vision tokens in one stream; see `ModelConfig`.
 
     `tokens` are ids in the table that `modality` says (True: vision), `positions` are what RoPE turns by and `reach` is
-    what each token sees (None: causal). All are `[B, T]`, in the layout order of `parallel`.
+    what each token sees (None: causal). All are `[B, T]`, in the layout order of `parallel`. `features` are vectors
+    that stand where tokens would (LLaVA's pictures).
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         self.wte = Embedding(config.vocab_size, config, rngs)
-        self.h = _stacked_blocks(config, rngs)
+        self.h = stacked(lambda rngs: Block(config, rngs), config.layers, rngs)
         self.ln_f = RMSNorm(config.width, config)
         vision, tied = config.vision_vocab_size > 0, config.tie_embeddings
         self.vte = Embedding(config.vision_vocab_size, config, rngs) if vision else None
@@ -155,10 +157,11 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B T"],
         reach: Reach | None = None,
         *,
+        features: Features | None = None,
         parallel: Parallel = _ONE_DEVICE,
     ) -> Float[Array, "B T D"]:
         """The final norm's output. Memory is linear in T: no logits, nothing T × T."""
-        x, _ = self._through(tokens, modality, positions, reach, parallel, keep=lambda k, v: None)
+        x, _ = self._through(tokens, modality, positions, reach, features, parallel, keep=lambda k, v: None)
         return self.ln_f(x)
 
     def prefill(
@@ -170,6 +173,7 @@ class Transformer(nnx.Module):
         *,
         cache_length: int,
         lengths: Int[Array, " B"] | None = None,
+        features: Features | None = None,
         parallel: Parallel = _ONE_DEVICE,
         cache_type: CacheType | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
@@ -180,7 +184,7 @@ class Transformer(nnx.Module):
         batch, length = tokens.shape
         check_capacity(length, cache_length, parallel)
         x, (k, v, *scales) = self._through(
-            tokens, modality, positions, reach, parallel,
+            tokens, modality, positions, reach, features, parallel,
             keep=lambda k, v: filled(k, v, cache_length, parallel, cache_type),
         )  # fmt: skip
         lengths = jnp.full((batch,), length, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
@@ -229,11 +233,11 @@ class Transformer(nnx.Module):
         head, table = (self.lm_head, self.wte) if modality == "text" else (self.vision_head, self.vte)
         return table.embedding[...].T if head is None else head.kernel[...]
 
-    def _through(self, tokens, modality, positions, reach, parallel: Parallel, keep):
+    def _through(self, tokens, modality, positions, reach, features, parallel: Parallel, keep):
         """The stream after all blocks, and what `keep` makes of every block's keys and values, stacked."""
         tokens, modality, positions = _checked(tokens, modality, positions)
         rope = Rotations.of(positions, self.config)
-        x = self._embed(tokens, modality, parallel)
+        x = self._embed(tokens, modality, parallel, features)
 
         def attend(block, x):
             x, (k, v) = block(x, rope, reach, parallel)
@@ -248,7 +252,11 @@ class Transformer(nnx.Module):
         )
         return lax.scan(block, x, blocks, unroll=unroll)
 
-    def _embed(self, tokens, modality, parallel: Parallel) -> Float[Array, "B T D"]:
+    def _embed(self, tokens, modality, parallel: Parallel, features: Features | None = None) -> Float[Array, "B T D"]:
+        if features is not None:  # what stands where a feature goes is no token of either table
+            token = features.index < 0
+            embedded = self._embed(jnp.where(token, tokens, 0), modality & token, parallel)
+            return splice(embedded, features, parallel)
         dtype = self.config.compute_dtype
         with jax.named_scope("embed"):
             if self.vte is None:
@@ -285,19 +293,6 @@ def _head(vocab_size: int, config: ModelConfig, rngs: nnx.Rngs) -> Linear:
 def _logits(hidden, kernel):
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     return jnp.einsum("...d,dv->...v", hidden, kernel.astype(hidden.dtype), preferred_element_type=wide)
-
-
-def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
-    """A block whose parameters have a leading layers axis."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
-    keys = jax.random.split(rngs.params(), config.layers)
-    state = jax.vmap(lambda key: nnx.state(Block(config, nnx.Rngs(params=key))))(keys)
-    stacked = jax.tree.map(
-        lambda leaf: leaf.replace(leaf.get_value(), axes=("layers", *leaf.get_metadata()["axes"])),
-        state,
-        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-    )
-    return nnx.merge(graph, stacked)
 
 
 def for_decoding(model: Transformer) -> Transformer:

@@ -10,12 +10,12 @@ TEMPLATE = (
 )
 
 
-def tokenizer_json() -> str:
-    """Special tokens 0 … 2, then the 256 bytes: 259 ids."""
+def tokenizer_json(*more: str) -> str:
+    """Special tokens 0 … 2, then the 256 bytes: 259 ids. `more` special tokens come after them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIALS, *alphabet])}
     made = tokenizers.Tokenizer(models.BPE(vocabulary, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(list(SPECIALS))
+    made.add_special_tokens([*SPECIALS, *more])
     return made.to_str()
