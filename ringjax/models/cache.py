@@ -133,8 +133,8 @@ def append_and_attend(
     softcap: float | None = None,
     sinks: int = 0,
     q_sinks: Float[Array, "B T N H"] | None = None,
-) -> tuple[Float[Array, "B T N H"], KVCache]:
-    """Writes a layer's T new tokens after the `lengths` ones of each row and attends to all of them.
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"], KVCache]:
+    """Writes a layer's T new tokens after the `lengths` ones of each row and attends to all of them: out and lse.
 
     The caches do not move, and inside a compiled loop they are changed in place. `lengths` stays. Of several tokens
     those past the capacity are not written; a single one must have room (the caller checks: lengths are data).
@@ -154,16 +154,17 @@ def append_and_attend(
         arrays = tuple(write(cached, x, layer, slots) for cached, x in zip(arrays, kept))
         own_k, own_v = parallel.own_heads(kv_heads, *arrays[:2])
         scales = tuple(x[..., 0] for x in parallel.own_heads(kv_heads, *(x[..., None] for x in arrays[2:])))
-        out, _ = cached_attention(
+        out, lse = cached_attention(
             q, own_k, own_v, layer, lengths=lengths + new, axis_name=axis_name, window=window, softcap=softcap,
             layout=parallel.layout, backend=parallel.backend, sinks=sinks, q_sinks=q_sinks, scales=scales or None,
         )  # fmt: skip
-        return out.astype(q.dtype), arrays
+        return out.astype(q.dtype), lse, arrays
 
     sink_queries = None if q_sinks is None else queries
-    attend = parallel.local(local, (queries, sink_queries, news, news, specs, rows, P()), (queries, specs))
-    out, arrays = attend(q, q_sinks, k, v, cache.arrays, cache.lengths, layer)
-    return out, cache.with_arrays(arrays)
+    sums = P(*(queries[axis] for axis in (0, 2, 1)))
+    attend = parallel.local(local, (queries, sink_queries, news, news, specs, rows, P()), (queries, sums, specs))
+    out, lse, arrays = attend(q, q_sinks, k, v, cache.arrays, cache.lengths, layer)
+    return out, lse, cache.with_arrays(arrays)
 
 
 def _written(caches, x, layer, slots: Int[Array, "B T"]):

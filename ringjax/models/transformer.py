@@ -23,6 +23,7 @@ from ringjax.models.features import Features, splice
 from ringjax.models.feed_forward import FeedForward
 from ringjax.models.layers import Embedding, Linear, RMSNorm, look_up, stacked
 from ringjax.models.parallel import Parallel
+from ringjax.models.prefix import Prefix, with_prefix
 from ringjax.models.remat import PROJECTIONS, rematerialise
 from ringjax.models.rope import rotate, rotations
 from ringjax.models.sinks import sink_positions, with_sinks
@@ -86,30 +87,42 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(config.width, config)
         self.feed_forward = FeedForward(config, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], rope: "Rotations", reach: Reach | None, parallel: Parallel):
+    def __call__(
+        self, x: Float[Array, "B T D"], rope: "Rotations", reach: Reach | None, parallel: Parallel,
+        prefix: Prefix | None = None,
+    ):  # fmt: skip
         """The block's output, and its keys (rotated) and values."""
         config = self.config
         with jax.named_scope("attention"):
             q, k, v, q_sinks = self.attention.project(self.attention_norm(x), rope, parallel)
             q, k, v = (checkpoint_name(y, name) for y, name in zip((q, k, v), PROJECTIONS))
             options = dict(window=config.window, softcap=config.softcap)
-            if q_sinks is None:
+            if q_sinks is None and prefix is None:
                 attended = parallel.attend(q, k, v, reach, **options)
             else:
                 seen = parallel.attend(q, k, v, reach, return_lse=True, **options)
-                attended = with_sinks(*seen, q_sinks, k, v, rope.positions, config=config, parallel=parallel)
+                if prefix is None:
+                    attended = with_sinks(*seen, q_sinks, k, v, rope.positions, config=config, parallel=parallel)
+                else:
+                    attended = with_prefix(*seen, q, prefix, softcap=config.softcap, parallel=parallel)
             x = checkpoint_name(x + self.attention.output(attended, parallel), "attended_stream")
         return self._feed(x, parallel), (k, v)
 
-    def decode(self, x: Float[Array, "B T D"], rope: "Rotations", cache: KVCache, layer, parallel: Parallel):
+    def decode(
+        self, x: Float[Array, "B T D"], rope: "Rotations", cache: KVCache, layer, parallel: Parallel,
+        prefix: Prefix | None = None,
+    ):  # fmt: skip
         """The same for T new tokens after those in the cache, as its layer `layer`; gives the cache with them."""
         config = self.config
         with jax.named_scope("attention"):
             q, k, v, q_sinks = self.attention.project(self.attention_norm(x), rope, parallel)
-            attended, cache = append_and_attend(
+            attended, lse, cache = append_and_attend(
                 q, k, v, cache, layer, parallel=parallel, window=config.window, softcap=config.softcap,
                 sinks=config.sinks, q_sinks=q_sinks,
             )  # fmt: skip
+            if prefix is not None:
+                own = prefix.layer(layer)
+                attended = with_prefix(attended, lse, q, own, softcap=config.softcap, parallel=parallel)
             x = x + self.attention.output(attended, parallel)
         return self._feed(x, parallel), cache
 
@@ -176,16 +189,18 @@ class Transformer(nnx.Module):
         features: Features | None = None,
         parallel: Parallel = _ONE_DEVICE,
         cache_type: CacheType | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """`hidden`, and the cache of the first `lengths` `[B]` tokens (None: all T) with room for `cache_length`.
 
-        Rows of different lengths are padded at the end: new tokens overwrite the padding's slots.
+        Rows of different lengths are padded at the end: new tokens overwrite the padding's slots. After a `prefix`
+        that all rows share, `positions` go on where it ends, and the cache holds what comes after it.
         """
         batch, length = tokens.shape
         check_capacity(length, cache_length, parallel)
         x, (k, v, *scales) = self._through(
             tokens, modality, positions, reach, features, parallel,
-            keep=lambda k, v: filled(k, v, cache_length, parallel, cache_type),
+            keep=lambda k, v: filled(k, v, cache_length, parallel, cache_type), prefix=prefix,
         )  # fmt: skip
         lengths = jnp.full((batch,), length, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
         return self.ln_f(x), KVCache(k, v, lengths, *scales)
@@ -198,6 +213,7 @@ class Transformer(nnx.Module):
         cache: KVCache,
         *,
         parallel: Parallel = _ONE_DEVICE,
+        prefix: Prefix | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """`hidden` of T new tokens after those in the cache (in ascending order), and the cache with them."""
         tokens, modality, positions = _checked(tokens, modality, positions)
@@ -205,13 +221,13 @@ class Transformer(nnx.Module):
         x = self._embed(tokens, modality, parallel)
         if not isinstance(self.h, Block):
             for layer, block in enumerate(self.h):
-                x, cache = block.decode(x, rope, cache, jnp.int32(layer), parallel)
+                x, cache = block.decode(x, rope, cache, jnp.int32(layer), parallel, prefix)
         else:
             graph, blocks = nnx.split(self.h)
 
             def step(carry, layer):
                 (x, cache), (state, index) = carry, layer
-                return nnx.merge(graph, state).decode(x, rope, cache, index, parallel), None
+                return nnx.merge(graph, state).decode(x, rope, cache, index, parallel, prefix), None
 
             # The caches are carried, not scanned over: what a scan takes and gives, it copies.
             layers = blocks, jnp.arange(self.config.layers, dtype=jnp.int32)
@@ -233,24 +249,25 @@ class Transformer(nnx.Module):
         head, table = (self.lm_head, self.wte) if modality == "text" else (self.vision_head, self.vte)
         return table.embedding[...].T if head is None else head.kernel[...]
 
-    def _through(self, tokens, modality, positions, reach, features, parallel: Parallel, keep):
+    def _through(self, tokens, modality, positions, reach, features, parallel: Parallel, keep, prefix=None):
         """The stream after all blocks, and what `keep` makes of every block's keys and values, stacked."""
         tokens, modality, positions = _checked(tokens, modality, positions)
         rope = Rotations.of(positions, self.config)
         x = self._embed(tokens, modality, parallel, features)
 
-        def attend(block, x):
-            x, (k, v) = block(x, rope, reach, parallel)
+        def attend(block, x, prefix=None):
+            x, (k, v) = block(x, rope, reach, parallel, prefix)
             return x, keep(k, v)
 
         if not isinstance(self.h, Block):
-            return _one_by_one(attend, x, self.h)
+            return _one_by_one(attend, x, self.h, prefix)
         graph, blocks = nnx.split(self.h)
         unroll = min(self.config.unroll, self.config.layers)
         block = rematerialise(
-            lambda x, state: attend(nnx.merge(graph, state), x), self.config.remat, parallel, unrolled=unroll > 1
-        )
-        return lax.scan(block, x, blocks, unroll=unroll)
+            lambda x, layer: attend(nnx.merge(graph, layer[0]), x, layer[1]), self.config.remat, parallel,
+            unrolled=unroll > 1,
+        )  # fmt: skip
+        return lax.scan(block, x, (blocks, prefix), unroll=unroll)
 
     def _embed(self, tokens, modality, parallel: Parallel, features: Features | None = None) -> Float[Array, "B T D"]:
         if features is not None:  # what stands where a feature goes is no token of either table
@@ -275,11 +292,11 @@ def _checked(tokens, modality, positions):
     return jnp.asarray(tokens), jnp.asarray(modality), jnp.asarray(positions)
 
 
-def _one_by_one(attend, x, blocks):
+def _one_by_one(attend, x, blocks, prefix: Prefix | None):
     """A scan over blocks that are not stacked; what they keep is written where it stays, so that it exists once."""
     kept = None
     for layer, block in enumerate(blocks):
-        x, new = attend(block, x)
+        x, new = attend(block, x, None if prefix is None else prefix.layer(layer))
         if layer == 0:
             kept = jax.tree.map(lambda y: jnp.zeros((len(blocks), *y.shape), y.dtype), new)
         kept = jax.tree.map(lambda whole, y: whole.at[layer].set(y), kept, new)  # noqa: B023
