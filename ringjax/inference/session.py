@@ -72,6 +72,11 @@ class Session:
         first = min(self._room, first) if self._movable else capacity
         self._cache = empty_cache(model.config, 1, first, parallel, cache_type)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of keys and values, on all devices together."""
+        return sum(array.nbytes for array in jax.tree.leaves(self._cache))
+
     def rewind(self, length: int) -> int:
         """Forget all but the first `length` tokens; gives how many are left: none where a window has dropped those
         that the next token would see."""

@@ -1,7 +1,7 @@
 """A published model that writes: its weights, its tokenizer and its chat template together."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -37,10 +37,12 @@ class TextModel:
         parallel: Parallel = _ONE_DEVICE,
         dtype: str | None = None,
         template: str | None = None,
+        changes: Mapping[str, object] | None = None,
     ) -> "TextModel":
         """The model at `path` in `dtype` (None: bfloat16, but float32 on CPUs, which are slower with less).
 
-        `template` is a file with a chat template or one of `chatml` and `lwm`; None: the model's own. Raises
+        `template` is a file with a chat template or one of `chatml` and `lwm`; None: the model's own. `changes`
+        replace fields of its config that alter no shape (rope_theta, rope_scaling, window, …). Raises
         FileNotFoundError, ValueError or NotImplementedError where a part is missing, damaged or not supported.
         """
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -51,7 +53,7 @@ class TextModel:
         beyond = [name for name, i in vocabulary.specials.items() if i >= size]
         if beyond:
             raise ValueError(f"{path}: tokens {', '.join(beyond[:4])} are beyond the model's vocabulary of {size}")
-        model = for_decoding(published.load(parallel, dtype=dtype, param_dtype=dtype))
+        model = for_decoding(published.load(parallel, dtype=dtype, param_dtype=dtype, **(changes or {})))
         stops = published.description.eos_ids
         return cls(model, vocabulary, found, stops, published.description.context, parallel)
 
