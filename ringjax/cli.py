@@ -1,4 +1,4 @@
-"""The command line: `ringjax train`, `generate`, `chat`, `convert`, `info`, `config show`, `tokenize`, `bench`.
+"""The command line: `ringjax train`, `generate`, `chat`, `eval`, `convert`, `info`, `config show`, `tokenize`, `bench`.
 
 Exit codes, for people and supervisors:
 
@@ -265,6 +265,30 @@ def _read_options(kind, arguments: list[str], command: str, positional: dict[str
     return build(kind, Item(values, "command line"))
 
 
+def _eval(arguments: list[str]) -> int:
+    from ringjax.evaluation.eval_command import KINDS, run_eval
+
+    if not arguments or arguments[0] not in KINDS:
+        if arguments and arguments[0] not in ("-h", "--help"):
+            raise UsageError(f"unknown evaluation {arguments[0]!r}; {_nearest(arguments[0], KINDS)}")
+        print(
+            "usage: ringjax eval needle MODEL [--lengths T …] [--depths P …] [--method M …] …\n"
+            "       ringjax eval ruler MODEL [--tasks NAME …] …\n"
+            "       ringjax eval perplexity MODEL [--lengths T …] …\n\n"
+            "Does a model read its context? --help after any of them lists its options."
+        )
+        return OK if arguments else USAGE
+    name, kind = arguments[0], KINDS[arguments[0]]
+    if any(argument in ("-h", "--help") for argument in arguments):
+        _print_help(kind("MODEL"), f"ringjax eval {name} MODEL", kind.__doc__)
+    positional, pairs = split_lists(arguments[1:])
+    if len(positional) != 1:
+        found = " ".join(positional) or "none"
+        raise UsageError(f"ringjax eval {name} takes one MODEL before its options, not {found}")
+    print(run_eval(_read_lists(kind, [("model", positional), *pairs])))
+    return OK
+
+
 def _bench(arguments: list[str]) -> int:
     benches = {"attention": _bench_attention, "train": _bench_train, "generate": _bench_generate}
     if not arguments or arguments[0] not in benches:
@@ -360,6 +384,9 @@ COMMANDS = {
         _generate, "generate MODEL --prompt WORDS [--draw FILE]", "text, words for a picture, a picture from words"
     ),
     "chat": Command(_chat, "chat MODEL", "talk to a published model"),
+    "eval": Command(
+        _eval, "eval needle | ruler | perplexity MODEL", "does a model read its context? table, pictures, report"
+    ),
     "convert": Command(_convert, "convert SOURCE TARGET", "weights of other projects, in and out"),
     "bench": Command(
         _bench,

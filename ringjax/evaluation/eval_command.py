@@ -1,0 +1,157 @@
+"""`ringjax eval needle | ruler | perplexity MODEL`: from options to a report."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ringjax.evaluation.eval_config import EvalConfig, NeedleConfig, PerplexityConfig, QuestionConfig, RulerConfig
+from ringjax.evaluation.eval_progress import EvalProgress
+from ringjax.evaluation.eval_report import write_report
+from ringjax.evaluation.haystack import Haystack, read_texts, text_fingerprint
+from ringjax.evaluation.methods import Methods
+from ringjax.evaluation.needle import NeedleTask
+from ringjax.evaluation.perplexity import Losses, cut_rows, record
+from ringjax.evaluation.question import CHAT, LWM, NONE, Cell, Form, Task
+from ringjax.evaluation.results import Results
+from ringjax.evaluation.ruler import RulerTask
+from ringjax.evaluation.ruler_qa import read_passages
+from ringjax.evaluation.run_questions import check_questions, run_questions
+from ringjax.evaluation.summary import markdown, summarise
+from ringjax.inference.text_model import TextModel
+from ringjax.interop.published import open_published
+from ringjax.models.config import RopeScaling
+from ringjax.models.parallel import Parallel
+from ringjax.training.mesh import make_mesh, simulate_devices
+
+KINDS: Mapping[str, type[EvalConfig]] = {"needle": NeedleConfig, "ruler": RulerConfig, "perplexity": PerplexityConfig}
+# What may differ when an evaluation goes on: the grid can grow, and results do not depend on the mesh.
+_FREE = (
+    "model", "output", "lengths", "method", "haystack", "depths", "per_cell", "per_task", "tasks", "qa", "mesh",
+    "layout", "strategy", "backend", "simulated_devices", "progress", "rows", "allow_beyond", "template", "dtype",
+)  # fmt: skip
+
+
+def run_eval(config: EvalConfig) -> str:
+    """Asks what was not answered yet, writes the report; gives what to print.
+
+    Raises ValueError, FileNotFoundError, NotImplementedError or ImportError before the first question where something
+    is wrong or missing.
+    """
+    simulate_devices(config.simulated_devices)
+    texts = read_texts(config.haystack)
+    methods = _open_model(config)
+    haystack = Haystack.of(texts, methods.model.vocabulary, config.repeat_haystack)
+    kind = next(name for name, cls in KINDS.items() if isinstance(config, cls))
+    title = f"{kind}: {Path(config.model).stem}"
+    asked = {"evaluation": kind, **_asked(config, texts, methods.model)}
+    if isinstance(config, QuestionConfig):
+        task = _task(config, methods.model, haystack, texts)
+        check_questions(task, methods, config.method, config.lengths)
+    else:
+        for length in config.lengths:
+            for name in config.method:
+                methods.check(name, length)
+    with Results(config.output, asked, _about(config)) as results:
+        if results.dropped:
+            print(f"{results.path}: the last line was cut; what it held is asked again", flush=True)
+        if isinstance(config, QuestionConfig):
+            run_questions(task, methods, config.method, config.lengths, results, config.progress)
+        else:
+            run_perplexity(config, methods, haystack, results)
+    files = write_report(results, title)
+    return "\n".join([markdown(summarise(results.records)), "", *(str(file) for file in [results.path, *files])])
+
+
+def run_perplexity(config: PerplexityConfig, methods: Methods, haystack: Haystack, results: Results) -> None:
+    """The losses of all rows that `results` do not hold yet."""
+    bos_id = methods.model.vocabulary.bos_id
+    rows = {length: cut_rows(haystack, length, config.rows, bos_id) for length in config.lengths}
+    todo = [(length, name) for length in config.lengths for name in config.method]
+    done = sum(results.has(n, Cell("perplexity", t, None, i)) for t, n in todo for i in range(len(rows[t])))
+    with EvalProgress(config.progress, sum(len(rows[length]) for length, _ in todo), done) as shown:
+        for length, name in todo:
+            cells = [(Cell("perplexity", length, None, i), row) for i, row in enumerate(rows[length])]
+            cells = [(cell, row) for cell, row in cells if not results.has(name, cell)]
+            losses = Losses(methods.model_for(name, length), length, config.buckets) if cells else None
+            for first in range(0, len(cells), losses.rows if losses else 1):
+                some = cells[first : first + losses.rows]
+                start = time.perf_counter()
+                sums, counts = losses([row for _, row in some])
+                seconds = (time.perf_counter() - start) / len(some)
+                for (cell, row), row_sums, row_counts in zip(some, sums, counts):
+                    line = record(name, cell, row, row_sums, row_counts, seconds) | {"compiled": first == 0}
+                    results.add(line)
+                    shown.step(f"{name} {length}", f"loss {line['loss']:.4f}")
+
+
+def _open_model(config: EvalConfig) -> Methods:
+    description = open_published(config.model).description
+    context, changes = float(description.context), {}
+    if config.rope_scaling is not None:
+        original = None if config.rope_scaling == "linear" else description.context
+        changes["rope_scaling"] = RopeScaling(config.rope_scaling, config.rope_factor, original)
+        context *= config.rope_factor
+    if config.rope_theta is not None:
+        changes["rope_theta"], context = config.rope_theta, float("inf")  # how far it carries, the user knows
+    parallel = Parallel()
+    if config.mesh is not None:
+        parallel = Parallel(make_mesh(config.mesh), config.layout, config.strategy, config.backend)
+    template = getattr(config, "template", None)
+    template = None if template in (LWM, NONE, CHAT) else template
+    model = TextModel.load(config.model, parallel=parallel, dtype=config.dtype, template=template, changes=changes)
+    return Methods(model, config.options(), context)
+
+
+def _task(config: QuestionConfig, model: TextModel, haystack: Haystack, texts: list[str]) -> Task:
+    form = Form(model, config.template if config.template in (LWM, NONE) else CHAT)
+    new = {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
+    if isinstance(config, NeedleConfig):
+        return NeedleTask(
+            form, haystack, tuple(map(float, config.depths)), config.per_cell, config.needles, config.retrieve,
+            config.digits, config.score == "likelihood", config.seed, **new,
+        )  # fmt: skip
+    passages = None if config.qa is None else read_passages(config.qa)
+    return RulerTask.of(
+        form, haystack, texts, passages, tasks=config.tasks, per_task=config.per_task, seed=config.seed, **new
+    )
+
+
+def _asked(config: EvalConfig, texts: list[str], model: TextModel) -> dict[str, Any]:
+    """What decides the answers to the questions of a grid."""
+    asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    asked |= {"model": model_fingerprint(config.model), "haystack": text_fingerprint(texts)}
+    asked["dtype"] = model.model.config.dtype
+    template = getattr(config, "template", None)
+    if template is not None:
+        is_file = Path(template).is_file()
+        asked["template"] = text_fingerprint([Path(template).read_text("utf-8")]) if is_file else template
+    if isinstance(config, NeedleConfig) and config.needles > 1:
+        asked["depths"] = config.depths  # the other needles lie at any of them
+    if isinstance(config, RulerConfig):
+        asked["qa"] = None if config.qa is None else text_fingerprint([Path(config.qa).read_text("utf-8")])
+    return asked
+
+
+def _about(config: EvalConfig) -> dict[str, Any]:
+    from ringjax import __version__
+
+    device = jax.devices()[0]
+    return {"ringjax": __version__, "device": device.device_kind, "options": dataclasses.asdict(config)}
+
+
+def model_fingerprint(path: str) -> str:
+    """A short name of a model's files: their names, sizes, beginnings and ends (not all of what may be terabytes)."""
+    source, size = Path(path), 1 << 16
+    digest = hashlib.sha256()
+    for file in [source] if source.is_file() else sorted(f for f in source.iterdir() if f.is_file()):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with open(file, "rb") as data:
+            digest.update(data.read(size))
+            data.seek(max(0, file.stat().st_size - size))
+            digest.update(data.read(size))
+    return digest.hexdigest()[:16]
