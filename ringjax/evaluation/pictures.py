@@ -94,8 +94,13 @@ def draw_losses(path: Path, records: Sequence[Record], title: str) -> Path:
 
 
 def short(length: int) -> str:
-    """8192 -> "8K", 1000 -> "1000"."""
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+    """8192 -> "8K", 8064 -> "7.88K", 1048576 -> "1M", 8000 -> "8000"."""
+    if length % 1000 == 0:
+        return str(length)
+    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
+        if length >= size:
+            return f"{length / size:.3g}{unit}"
+    return str(length)
 
 
 def _figure(width: float, height: float):

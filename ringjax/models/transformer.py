@@ -335,6 +335,10 @@ def unstacked(model: Transformer) -> Transformer:
 
 def with_config(model: Transformer, **changes) -> Transformer:
     """The same parameters under a config with `changes` that alter no shape (rope_theta, remat, chunks, …)."""
-    config = dataclasses.replace(model.config, **changes)
-    graph = nnx.graphdef(Transformer.abstract(config))
-    return nnx.merge(graph, nnx.state(model))
+    config, stacked = dataclasses.replace(model.config, **changes), isinstance(model.h, Block)
+
+    def changed() -> Transformer:
+        made = Transformer(config, nnx.Rngs(0))
+        return made if stacked else unstacked(made)
+
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(changed)), nnx.state(model))

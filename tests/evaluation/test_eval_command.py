@@ -12,11 +12,10 @@ from ringjax.evaluation.eval_command import run_eval
 from ringjax.evaluation.eval_config import NeedleConfig, PerplexityConfig, RulerConfig
 from ringjax.evaluation.reading import GREEDY, Reading, answer, force
 from ringjax.inference.text_model import TextModel
-from ringjax.models.config import ModelConfig
+from ringjax.models.transformer import unstacked
 from tests.evaluation import small
 
 SLOW = pytest.mark.slow
-HAS_SINKS = "sinks" in {field.name for field in dataclasses.fields(ModelConfig)}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +113,25 @@ def test_a_mesh_changes_no_answer(given, whole, tmp_path):
     assert [r["text"] for r in records(tmp_path)] == [r["text"] for r in records(whole)[:2]]
 
 
+@pytest.mark.slow
+def test_layers_apart_change_no_answer(given, tmp_path, monkeypatch):
+    """As models are on GPUs."""
+    found = []
+    for name, load in (("together", lambda model: model), ("apart", unstacked)):
+        monkeypatch.setattr("ringjax.inference.text_model.for_decoding", load)
+        options = {"method": ("exact", "window", "sinks", "ntk"), "window": 64, "rope_factor": 2.0}
+        run_eval(needle(given, tmp_path / name, lengths=(500,), **options))
+        options = given | options | {"method": ("window", "sinks")}
+        run_eval(
+            PerplexityConfig(
+                output=str(tmp_path / f"{name} rows"), lengths=(96,), rows=2, **options | {"rope_factor": None}
+            )
+        )
+        losses = [record["loss"] for record in records(tmp_path / f"{name} rows")]
+        found.append(([record["text"] for record in records(tmp_path / name)], losses))
+    assert found[0][0] == found[1][0] and found[0][1] == pytest.approx(found[1][1], rel=1e-4)
+
+
 def test_likelihood(given, tmp_path):
     """Teacher forcing after a prompt that ends where the digits begin."""
     run_eval(needle(given, tmp_path, score="likelihood", lengths=(500,)))
@@ -138,7 +156,7 @@ def test_teacher_forcing_is_greedy_decoding_as_long_as_it_is_right(given):
     "methods",
     [
         ("exact", "window", "flat"),
-        pytest.param(("exact", "window", *(("sinks",) if HAS_SINKS else ()), "flat", "hnsw", "lsh"), marks=SLOW),
+        pytest.param(("exact", "window", "sinks", "flat", "hnsw", "lsh"), marks=SLOW),
     ],
 )
 def test_methods_are_asked_the_same(given, tmp_path, methods):

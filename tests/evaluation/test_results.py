@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ringjax.evaluation.pictures import short
 from ringjax.evaluation.question import Cell
 from ringjax.evaluation.results import Results
 from ringjax.evaluation.summary import grid, markdown, summarise
@@ -84,6 +85,10 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
         path.write_text("\n".join([*lines[:2], damage, *lines[3:]]))
         with pytest.raises(ValueError, match="line 3 is damaged; remove that line and run again"):
             Results(tmp_path, ASKED, {})
+
+
+def test_lengths_in_short():
+    assert [short(n) for n in (900, 32000, 1024, 8064, 16384, 1 << 20)] == ["900", "32000", "1K", "7.88K", "16K", "1M"]
 
 
 def test_the_table():

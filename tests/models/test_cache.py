@@ -1,10 +1,11 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from ringjax.attention import Reach, layouts
 from ringjax.models import Parallel
-from ringjax.models.transformer import unstacked
+from ringjax.models.transformer import unstacked, with_config
 from tests.models import cases
 from tests.models.cases import changed
 
@@ -103,6 +104,15 @@ def test_layers_apart_are_the_same_model():
     jax.tree.map(close, found, expected)
     last = [x[:, PROMPT : PROMPT + 2] for x in inputs]
     jax.tree.map(close, apart.decode(*last, found[1]), model.decode(*last, expected[1]))
+
+
+def test_layers_apart_take_another_config():
+    model, inputs = cases.model(), sequence(cases.SMALL)
+    others = [with_config(m, rope_theta=5e7, window=5, sinks=2) for m in (unstacked(model), model)]
+    assert isinstance(others[0].h, nnx.List) and others[0].h[1].config.sinks == 2
+    close(*(m.hidden(*inputs) for m in others))
+    again = with_config(unstacked(model), rope_theta=5e7, window=5, sinks=2)
+    assert nnx.graphdef(again) == nnx.graphdef(others[0])  # so that it compiles once
 
 
 def test_more_devices_than_key_heads():
