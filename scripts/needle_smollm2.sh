@@ -8,15 +8,16 @@
 #   OUTPUT/multi          4 needles in and 2 asked
 #   OUTPUT/longer         16,000 and 32,000 tokens, no training: RoPE's theta scaled (ntk), and yarn
 #   OUTPUT/longer_digits  the same by likelihood
-#   OUTPUT/methods        exact, window, window + sinks, retrieval (flat, hnsw, lsh), 2,000 to 8,000 tokens
+#   OUTPUT/methods        exact, window, window + sinks, retrieval (flat, hnsw, lsh), 2,000 to 8,000 tokens;
+#                         `methods_digits` by likelihood
 #   OUTPUT/perplexity     loss by position to 16K: as trained, theta scaled, yarn, window, window + sinks
 #
 # Every part goes on where it was stopped: run the same command again. PYTHON names the Python that has ringjax with its
 # extras gguf and retrieval, NEEDLES the needles of a cell (5). With TOGETHER=1 the parts that compile most run side by
-# side on one accelerator (their times mean little then; those of `methods`, which runs alone, do).
+# side on one accelerator (their times mean little then; those of `methods`, which run alone, do).
 set -euo pipefail
 if [ $# -lt 1 ] || [ "$1" = -h ] || [ "$1" = --help ]; then
-    sed -n '2,17s/^# \{0,1\}//p' "$0"
+    sed -n '2,18s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 output=$1 model=${2:-SmolLM2-135M-Instruct.Q4_1.gguf} needles=${NEEDLES:-5} together=${TOGETHER:-}
@@ -53,4 +54,6 @@ begin multi needle "${short[@]}" --needles 4 --retrieve 2 --max_new_tokens 48
 begin digits needle "${short[@]}" --score likelihood
 begin longer_digits needle "${long[@]}" --score likelihood
 finish
-part methods needle "${asked[@]}" --per_cell 2 --lengths 2000 4000 8000 --method exact window sinks flat hnsw lsh
+methods=("${asked[@]}" --per_cell 2 --lengths 2000 4000 8000 --method exact window sinks flat hnsw lsh)
+part methods needle "${methods[@]}"
+part methods_digits needle "${methods[@]}" --score likelihood
