@@ -14,7 +14,7 @@
 #
 # Every part goes on where it was stopped: run the same command again. PYTHON names the Python that has ringjax with its
 # extras gguf and retrieval, NEEDLES the needles of a cell (5). With TOGETHER=1 the parts that compile most run side by
-# side on one accelerator (their times mean little then; those of `methods`, which run alone, do).
+# side on one accelerator (their times mean little then; those of `methods`, which runs alone, do).
 set -euo pipefail
 if [ $# -lt 1 ] || [ "$1" = -h ] || [ "$1" = --help ]; then
     sed -n '2,18s/^# \{0,1\}//p' "$0"
@@ -46,14 +46,14 @@ finish() { while [ -n "$(jobs -p)" ]; do wait -n; done; }
 asked=(--template chat --depths 0 25 50 75 100)
 short=("${asked[@]}" --per_cell "$needles" --lengths 1000 2000 4000 8000)
 long=("${asked[@]}" --per_cell "$needles" --lengths 16000 32000 --method ntk yarn)
+methods=("${asked[@]}" --per_cell 2 --lengths 2000 4000 8000 --method exact window sinks flat hnsw lsh)
 begin single needle "${short[@]}"
 begin longer needle "${long[@]}"
 begin perplexity perplexity --lengths 16384 --rows 8 --method exact ntk yarn window sinks --allow_beyond true
+begin methods_digits needle "${methods[@]}" --score likelihood
 finish
 begin multi needle "${short[@]}" --needles 4 --retrieve 2 --max_new_tokens 48
 begin digits needle "${short[@]}" --score likelihood
 begin longer_digits needle "${long[@]}" --score likelihood
 finish
-methods=("${asked[@]}" --per_cell 2 --lengths 2000 4000 8000 --method exact window sinks flat hnsw lsh)
 part methods needle "${methods[@]}"
-part methods_digits needle "${methods[@]}" --score likelihood
