@@ -29,7 +29,8 @@ def main() -> None:
         print(f"cache {name:8s}  loss {loss(found, ids):.5f}")
     difference = np.abs(exact - rounded)
     same = np.mean(exact.argmax(-1) == rounded.argmax(-1))
-    print(f"logits: mean difference {difference.mean():.2e}, largest {difference.max():.2e} of {np.abs(exact).max():.1f}")
+    largest = f"largest {difference.max():.2e} of {np.abs(exact).max():.1f}"
+    print(f"logits: mean difference {difference.mean():.2e}, {largest}")
     print(f"the same likeliest token at {100 * same:.2f} % of {len(ids)} places")
 
 
