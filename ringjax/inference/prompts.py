@@ -37,9 +37,27 @@ def text_prompt(tokens: Sequence[int]) -> Example:
 
 def append_text(prompt: Example, tokens: Sequence[int]) -> Example:
     """The prompt with text ids after it."""
-    more = text_prompt(tokens)
-    ahead = None if prompt.ahead is None else np.concatenate([prompt.ahead, np.zeros(len(more), np.int32)])
-    joined = (np.concatenate([getattr(prompt, f), getattr(more, f)]) for f in ("tokens", "modality", "loss"))
+    return _joined(prompt, text_prompt(tokens))
+
+
+def append_vision(
+    prompt: Example, clip: Int[np.ndarray, "frames codes"], end_of_frame: int, *, ends: bool = True
+) -> Example:
+    """The prompt with the frames of a picture or clip after it, each with its end mark.
+
+    `end_of_frame` follows every frame, but the next id the last one where the vision `ends` with it.
+    """
+    marks = np.full((len(clip), 1), end_of_frame, np.int32)
+    marks[-1] += ends
+    ids = np.concatenate([np.asarray(clip, np.int32), marks], axis=1).ravel()
+    vision = Example(ids, np.ones(len(ids), bool), np.zeros(len(ids), bool))
+    return _joined(prompt, vision)
+
+
+def _joined(first: Example, second: Example) -> Example:
+    """One after the other; `second` sees nothing ahead."""
+    ahead = None if first.ahead is None else np.concatenate([first.ahead, np.zeros(len(second), np.int32)])
+    joined = (np.concatenate([getattr(first, f), getattr(second, f)]) for f in ("tokens", "modality", "loss"))
     return Example(*joined, ahead)
 
 
@@ -67,6 +85,15 @@ def batch_prompts(prompts: Sequence[Example], new: int, parallel: Parallel) -> t
         if prompt.ahead is not None:
             batch.ahead[row, : len(prompt)] = prompt.ahead
     return batch, capacity
+
+
+def seen_tokens(prompts: Sequence[Example], size: int, *, vision: bool) -> Bool[np.ndarray, "B V"]:
+    """Which of the first `size` ids each prompt holds, of text or of vision: what a repetition penalty is for."""
+    seen = np.zeros((len(prompts), size), bool)
+    for row, prompt in zip(seen, prompts):
+        ids = prompt.tokens[prompt.modality == vision]
+        row[ids[ids < size]] = True
+    return seen
 
 
 def _room(longest: int, new: int, parallel: Parallel) -> tuple[int, int]:

@@ -5,12 +5,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Temperature comes first, then `top_k`, then `top_p` of what is left, then `min_p`.
+    """How a token is drawn: `repetition_penalty`, then temperature, `top_k`, `top_p` of what is left, then `min_p`.
 
     Raises ValueError for a value outside its range.
     """
@@ -27,6 +27,8 @@ class Sampling:
     """Of the random numbers. A row's numbers depend on the seed and its place in the batch, not on the other rows."""
     min_p: float | None = None
     """Only tokens at least this likely, as a share of the likeliest one (Nguyen et al. 2024, arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Tokens of the prompt and of what was generated become less likely above 1, likelier below; 1: not used."""
 
     def __post_init__(self):
         _require(
@@ -37,11 +39,23 @@ class Sampling:
         _require(self.min_p is None or 0 < self.min_p <= 1, "min_p", self.min_p, "above 0 and at most 1, or None")
         _require(math.isfinite(self.guidance), "guidance", self.guidance, "a finite number; 1 switches it off")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
+        penalty = self.repetition_penalty
+        _require(penalty > 0 and math.isfinite(penalty), "repetition_penalty", penalty, "above 0; 1 switches it off")
 
 
 def _require(condition: bool, name: str, value, rule: str) -> None:
     if not condition:
         raise ValueError(f"{name} {value!r} must be {rule}")
+
+
+def row_keys(sampling: Sampling, rows: int) -> Key[Array, " B"]:
+    """The random keys of a batch: of the seed and the row's place."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), jnp.arange(rows))
+
+
+def step_keys(keys: Key[Array, " B"], step: Int[Array, ""]) -> Key[Array, " B"]:
+    """The keys for the token of a step."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
 
 
 def guide(
@@ -51,8 +65,21 @@ def guide(
     return unconditional + guidance * (conditional - unconditional)
 
 
-def sample(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
-    """A token of each row, drawn with the row's own key."""
+def penalise(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float) -> Float[Array, "B V"]:
+    """Logits of tokens that were `seen`, divided by `penalty` where they are above 0, times it where they are below.
+
+    Keskar et al. 2019 (CTRL), arXiv:1909.05858, section 4.1, who divide all; negative logits, which that would make
+    likelier, are multiplied as in Hugging Face's transformers.
+    """
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sample(
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling, seen: Bool[Array, "B V"] | None = None
+) -> Int[Array, " B"]:
+    """A token of each row, drawn with the row's own key. `seen` is what `repetition_penalty` is for (None: nothing)."""
+    if seen is not None and sampling.repetition_penalty != 1:
+        logits = penalise(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature

@@ -18,6 +18,7 @@ from flax import nnx
 
 from ringjax.attention import layouts
 from ringjax.attention.kernels.base import target
+from ringjax.inference.room import require_room
 from ringjax.inference.sampling import Sampling, sample
 from ringjax.models.cache import CacheType, KVCache, empty_cache, widen, without
 from ringjax.models.parallel import Parallel
@@ -38,7 +39,8 @@ FIRST_ROOM = 1024
 class Session:
     """A text model with room for `capacity` tokens, cut over the ring of `parallel`.
 
-    `ids` are the tokens that it has read. Raises ValueError where the layout cannot cut the capacity.
+    `ids` are the tokens that it has read. Raises ValueError where the layout cannot cut the capacity, or where the
+    cache would not fit into memory, which `option` is there to ask less of.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class Session:
         parallel: Parallel = _ONE_DEVICE,
         chunk: int | None = None,
         cache_type: CacheType | None = None,
+        *,
+        option: str = "--context",
     ):
         layouts.get(parallel.layout).validate(capacity, parallel.ring_size)
         on_cpu = target().platform == "cpu"
@@ -56,6 +60,7 @@ class Session:
         if chunk is None and model.config.window is not None:
             self.chunk = min(self.chunk, max(CPU_CHUNK, model.config.window))
         self.ids: list[int] = []
+        self._vocab_size = model.config.vocab_size
         self._dropped = 0  # tokens that a window has left behind and the cache has no more
         self._lead = 0 if on_cpu else 1
         graph, params = nnx.split(for_decoding(model))
@@ -69,8 +74,9 @@ class Session:
         self._ring = self._movable and parallel.size("dp", "fsdp") == 1
         self._room = self._most_room(model.config)
         first = _rounded(FIRST_ROOM, ROOM_MULTIPLE * parallel.ring_size)
-        first = min(self._room, first) if self._movable else capacity
-        self._cache = empty_cache(model.config, 1, first, parallel, cache_type)
+        most = self._room if self._movable else capacity
+        require_room(model.config, 1, most, parallel, option=option, cache_type=cache_type)
+        self._cache = empty_cache(model.config, 1, min(most, first) if self._movable else most, parallel, cache_type)
 
     @property
     def cache_bytes(self) -> int:
@@ -111,17 +117,25 @@ class Session:
         self.feed(ids[:whole])
         stops = frozenset(int(i) for i in stop_ids)
         most = min(max_new_tokens, self.capacity - len(self.ids) - (len(ids) - whole) + 1)
-        token = self._advance(ids[whole:], sampling)
+        seen = self._seen(ids[whole:]) if sampling.repetition_penalty != 1 else None
+        token = self._advance(ids[whole:], sampling, seen)
         self.ids += [int(i) for i in ids[whole:]]
         for index in range(most):
+            seen = None if seen is None else _with_token(seen, token)
             # From the device to the device: the next step does not wait for the host to see the token.
-            ahead = self._advance(token, sampling) if self._lead and index + 1 < most else None
+            ahead = self._advance(token, sampling, seen) if self._lead and index + 1 < most else None
             value = token.item()
             yield value
             if value in stops or index + 1 == most:
                 return
-            token = self._advance(token, sampling) if ahead is None else ahead
+            token = self._advance(token, sampling, seen) if ahead is None else ahead
             self.ids.append(value)
+
+    def _seen(self, more: Sequence[int]) -> jax.Array:
+        """`[1, V]`: the tokens so far and `more`, which a repetition penalty is for."""
+        seen = np.zeros((1, self._vocab_size), bool)
+        seen[0, np.asarray([*self.ids, *more], np.int64)] = True
+        return jnp.asarray(seen)
 
     def _require_room(self, count: int) -> None:
         if len(self.ids) + count > self.capacity:
@@ -130,7 +144,7 @@ class Session:
                 " with --context, or begin anew"
             )
 
-    def _advance(self, ids: Sequence[int] | jax.Array, sampling: Sampling) -> jax.Array:
+    def _advance(self, ids: Sequence[int] | jax.Array, sampling: Sampling, seen: jax.Array | None = None) -> jax.Array:
         """Reads tokens after `self.ids`, which it leaves to the caller; gives the next one, `[1, 1]`."""
         count = len(ids)
         self._make_room(count)
@@ -141,10 +155,10 @@ class Session:
             tokens = order.permute(_padded(ids, self._size(count)), ring_size, axis=1)
             capacity = max(self._cache.capacity, tokens.shape[1])
             self._cache = None  # its memory serves the new one
-            token, self._cache = _prefill(self._shape, sampling, capacity, self._params, tokens, numbers)
+            token, self._cache = _prefill(self._shape, sampling, capacity, self._params, tokens, numbers, seen)
             return token
         tokens = ids if isinstance(ids, jax.Array) else _padded(ids, self._size(count))
-        token, self._cache = _step(self._shape, sampling, self._params, self._cache, tokens, numbers)
+        token, self._cache = _step(self._shape, sampling, self._params, self._cache, tokens, numbers, seen)
         return token
 
     def reserve(self, count: int) -> None:
@@ -204,7 +218,7 @@ class _Shape:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _step(shape: _Shape, sampling: Sampling, params, cache: KVCache, tokens, numbers):
+def _step(shape: _Shape, sampling: Sampling, params, cache: KVCache, tokens, numbers, seen):
     """The token after the first `count` of `tokens` `[1, T]`, which stand at `start` and follow the `kept` ones in the
     cache; and the cache. `numbers` are start, kept and count: the cache's own length would include what fills up."""
     model, (start, kept, count) = shape.model(params), numbers
@@ -212,11 +226,11 @@ def _step(shape: _Shape, sampling: Sampling, params, cache: KVCache, tokens, num
     cache = cache._replace(lengths=kept[None])
     hidden, cache = model.decode(tokens, jnp.zeros(tokens.shape, bool), positions, cache, parallel=shape.parallel)
     last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
-    return _drawn(model, last, start + count, sampling), cache
+    return _drawn(model, last, start + count, sampling, seen), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(shape: _Shape, sampling: Sampling, capacity: int, params, tokens, numbers):
+def _prefill(shape: _Shape, sampling: Sampling, capacity: int, params, tokens, numbers, seen):
     """`_step` for an empty cache, by ring attention; `tokens` are in layout order."""
     model, parallel, count = shape.model(params), shape.parallel, numbers[2]
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
@@ -226,12 +240,17 @@ def _prefill(shape: _Shape, sampling: Sampling, capacity: int, params, tokens, n
         cache_type=shape.cache_type,
     )  # fmt: skip
     last = jnp.sum(jnp.where((positions == count - 1)[..., None], hidden, 0), axis=1)
-    return _drawn(model, last, count, sampling), cache
+    return _drawn(model, last, count, sampling, seen), cache
 
 
-def _drawn(model: Transformer, last, place, sampling: Sampling) -> jax.Array:
+def _drawn(model: Transformer, last, place, sampling: Sampling, seen) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(sampling.seed), place)
-    return sample(model.text_logits(last), key[None], sampling)[None]
+    return sample(model.text_logits(last), key[None], sampling, seen)[None]
+
+
+@jax.jit
+def _with_token(seen, token):
+    return seen.at[0, token].set(True)
 
 
 def _rounded(count: int, multiple: int) -> int:

@@ -1,37 +1,17 @@
 """Tokens do not depend on the mesh, and equal those of recomputing the whole sequence at every step."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import AxisType, Mesh
 
 from ringjax.data.example import Example
 from ringjax.inference import Sampling, append_text, generate_frames, generate_text, text_prompt
 from ringjax.inference.generate import Plan, _generate
 from ringjax.inference.sampling import guide, sample
-from ringjax.models import ModelConfig, Parallel, Transformer
+from ringjax.models import Parallel
+from tests.inference.small import LONGEST, logits_at, parallel, small_model
 
-CODES, NEW, LONGEST = 4, 7, 32
-
-
-@functools.cache
-def small_model(**changes) -> Transformer:
-    sizes = dict(width=32, ffn_width=48, layers=2, heads=4, kv_heads=2, vocab_size=40, vision_vocab_size=24)
-    # Large weights: sampled tokens then depend on every part of the model.
-    config = ModelConfig(**{**sizes, "vision_codes": 20, "dtype": "float32", "init_std": 0.3, **changes})
-    return Transformer(config, nnx.Rngs(0))
-
-
-def parallel(shape: tuple[int, int, int, int], layout: str = "striped") -> Parallel:
-    count = int(np.prod(shape))
-    mesh = Mesh(
-        np.array(jax.devices()[:count]).reshape(shape), ("dp", "fsdp", "tp", "sp"), axis_types=(AxisType.Auto,) * 4
-    )
-    return Parallel(mesh, layout)
+CODES, NEW = 4, 7
 
 
 def prompts() -> list[Example]:
@@ -42,18 +22,6 @@ def prompts() -> list[Example]:
         *(np.concatenate([getattr(a, f) for a in (text_prompt([1, 3]), seen)]) for f in ("tokens", "modality", "loss"))
     )
     return [text_prompt([1, 7, 9]), append_text(mixed, [4]), text_prompt(list(range(1, 20))), text_prompt([1])]
-
-
-@functools.cache
-def logits_at(model, vision: bool):
-    """Compiled once for a fixed length: what comes after the token asked for cannot be seen from it."""
-
-    @jax.jit
-    def function(tokens, modality, index):
-        hidden = model.hidden(tokens, modality, jnp.arange(LONGEST, dtype=jnp.int32)[None])[:, index]
-        return model.vision_logits(hidden)[:, : model.config.vision_codes] if vision else model.text_logits(hidden)
-
-    return function
 
 
 def recomputed(model, rows, new, sampling, *, partners=None, codes=0):
@@ -73,7 +41,10 @@ def recomputed(model, rows, new, sampling, *, partners=None, codes=0):
             logits = look(row, tail)
             if partners is not None:
                 logits = guide(logits, look(partners[number], tail), sampling.guidance)
-            token = int(sample(logits, jax.random.fold_in(key, step)[None], sampling)[0])
+            seen = np.zeros(logits.shape, bool)
+            held = [t for t, vision in zip(row.tokens, row.modality) if vision == (codes > 0)] + tail
+            seen[0, [t for t in held if t < seen.shape[1]]] = True
+            token = int(sample(logits, jax.random.fold_in(key, step)[None], sampling, seen)[0])
             if codes and step % (codes + 1) == codes:
                 token = config.end_of_vision if step == new - 1 else config.end_of_frame
             tail.append(token)
@@ -92,7 +63,7 @@ def test_text_equals_recomputing(sampling):
 
 
 def test_frames_equal_recomputing_with_guidance():
-    model, sampling = small_model(), Sampling(guidance=2.5, seed=1)
+    model, sampling = small_model(), Sampling(guidance=2.5, seed=1, repetition_penalty=1.3)
     rows, partners = prompts()[:2], [text_prompt([1]), text_prompt([1, 3])]
     found = generate_frames(
         model, rows, codes_per_frame=CODES, frames=2, sampling=sampling, unconditional=partners
@@ -101,6 +72,15 @@ def test_frames_equal_recomputing_with_guidance():
     assert want[:, CODES].tolist() == [20, 20] and want[:, -1].tolist() == [21, 21]
     assert found.shape == (2, 2, CODES)
     np.testing.assert_array_equal(found, want.reshape(2, 2, CODES + 1)[..., :-1])
+
+
+def test_repetition_makes_a_difference():
+    """Greedy words repeat; with a penalty on several devices there are more of them."""
+    held = Sampling(temperature=0, repetition_penalty=4.0)
+    free = generate_text(small_model(), prompts(), max_new_tokens=NEW, sampling=Sampling(temperature=0))
+    many = generate_text(small_model(), prompts(), max_new_tokens=NEW, sampling=held, parallel=parallel((2, 1, 2, 2)))
+    assert [row.tolist() for row in many] == recomputed(small_model(), prompts(), NEW, held)
+    assert sum(len(set(row.tolist())) for row in many) > sum(len(set(row.tolist())) for row in free)
 
 
 def test_a_sliding_window_is_kept():

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ringjax.inference.sampling import Sampling, guide, keep_top_k, keep_top_p, sample
+from ringjax.inference.sampling import Sampling, guide, keep_top_k, keep_top_p, penalise, sample
 
 CHANCES = np.array([0.5, 0.3, 0.15, 0.05])
 
@@ -72,6 +72,27 @@ def test_guidance_extrapolates():
     np.testing.assert_allclose(guide(conditional, unconditional, 1.0), conditional)
 
 
+def test_repetition_divides_what_is_above_zero_and_multiplies_what_is_below():
+    logits = np.random.default_rng(0).normal(size=(3, 9)).astype(np.float32)
+    seen = np.random.default_rng(1).random((3, 9)) < 0.5
+    want = logits.copy()
+    for row in range(3):
+        for token in np.flatnonzero(seen[row]):
+            want[row, token] = logits[row, token] / 1.5 if logits[row, token] > 0 else logits[row, token] * 1.5
+    np.testing.assert_allclose(penalise(jnp.asarray(logits), seen, 1.5), want, rtol=1e-6)
+    assert penalise(jnp.asarray([[0.0, -np.inf]]), np.array([[True, True]]), 2.0).tolist() == [[0.0, -np.inf]]
+
+
+def test_the_penalty_comes_before_temperature():
+    logits, seen = jnp.asarray([[2.0, 1.9, -1.0]]), np.array([[True, False, False]])
+    penalty = Sampling(temperature=0, repetition_penalty=1.2)
+    assert sample(logits, keys(1), penalty, seen).tolist() == [1]
+    assert sample(logits, keys(1), penalty).tolist() == [0]
+    assert sample(logits, keys(1), Sampling(temperature=0), seen).tolist() == [0]
+    drawn_one = dict(temperature=0.3, top_k=1, repetition_penalty=1.2)
+    assert sample(logits, keys(1), Sampling(**drawn_one), seen).tolist() == [1]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -82,6 +103,8 @@ def test_guidance_extrapolates():
         (dict(top_p=1.5), "top_p 1.5"),
         (dict(guidance=float("inf")), "guidance inf"),
         (dict(seed=-1), "seed -1"),
+        (dict(repetition_penalty=0.0), "repetition_penalty 0.0 must be above 0; 1 switches it off"),
+        (dict(repetition_penalty=float("nan")), "repetition_penalty nan"),
     ],
 )
 def test_wrong_settings_are_refused(wrong, message):

@@ -160,6 +160,19 @@ def test_going_on_and_going_back(model, expected):
     assert tokens(Session(model, 64), sampling=Sampling(temperature=1.0, seed=6)) != first
 
 
+@pytest.mark.parametrize("axes, ahead", [(None, 0), (None, 1), ((1, 1, 1, 4), 0)])
+def test_repetition_costs_as_in_one_go(model, expected, monkeypatch, axes, ahead):
+    """Of the whole conversation: what was in the cache before this turn counts too, and so do steps sent ahead."""
+    monkeypatch.setattr("ringjax.inference.session.RING_FROM", 16)
+    penalty = Sampling(temperature=0, repetition_penalty=1.4)
+    want = generate_text(model, [text_prompt(PROMPT)], max_new_tokens=12, sampling=penalty)[0].tolist()
+    for kept in (20, 0) if axes is None and ahead else (20,):
+        session = Session(model, 64, Parallel(None if axes is None else cases.mesh(*axes)))
+        session._lead = ahead
+        session.feed(PROMPT[:kept])
+        assert tokens(session, PROMPT[kept:], sampling=penalty) == want != expected
+
+
 def test_it_stops(model, expected):
     session = Session(model, 64)
     assert tokens(session, stop_ids=[expected[3]]) == expected[: expected.index(expected[3]) + 1]
