@@ -221,10 +221,10 @@ def _generate(arguments: list[str]) -> int:
     from ringjax.inference.command import GenerateConfig, run_generate
 
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
-        about = "Text, words for a picture (--picture), or a picture from words (--draw)."
+        about = "Text, words about pictures (--image), a picture or clip from words (--draw), or both (--interleaved)."
         _print_help(GenerateConfig("MODEL", "WORDS"), "ringjax generate MODEL", about)
     hint = "put a prompt in quotes after --prompt"
-    print(run_generate(_read_options(GenerateConfig, arguments, "generate", {"run_dir": "MODEL"}, hint)))
+    run_generate(_read_options(GenerateConfig, arguments, "generate", {"run_dir": "MODEL"}, hint))
     return OK
 
 
@@ -249,18 +249,25 @@ def _convert(arguments: list[str]) -> int:
 
 
 def _read_options(kind, arguments: list[str], command: str, positional: dict[str, str], hint: str):
-    """The dataclass `kind` from one argument for each field of `positional`, and `--key value`."""
+    """The dataclass `kind` from one argument for each field of `positional`, and `--key value`.
+
+    A field that is a tuple of words takes its option as often as it is given.
+    """
     from ringjax.training.typed import build
     from ringjax.training.yaml_tree import Item, parse_value, to_item
 
-    given, pairs = split_overrides(arguments)
+    fields = dataclasses.fields(kind)
+    given, pairs = split_overrides(arguments, [field.name for field in fields if field.type is bool])
     if len(given) != len(positional):
         wanted, found = " ".join(positional.values()), " ".join(given) or "none"
         one = "one " if len(positional) == 1 else ""
         raise UsageError(f"ringjax {command} takes {one}{wanted}, not {found}; {hint}")
     # Words are taken as they are: a prompt of "7" is no number.
-    words = [field.name for field in dataclasses.fields(kind) if field.type in (str, str | None)]
+    words = [field.name for field in fields if field.type in (str, str | None)]
     values = {k: to_item(v, f"--{k}") if k in words else parse_value(v, f"--{k}") for k, v in pairs}
+    for field in fields:  # an option that may be repeated
+        if field.type == tuple[str, ...] and field.name in values:
+            values[field.name] = to_item([v for k, v in pairs if k == field.name], f"--{field.name}")
     values |= {field: to_item(value, "command line") for field, value in zip(positional, given)}
     return build(kind, Item(values, "command line"))
 
@@ -381,7 +388,7 @@ COMMANDS = {
         _tokenize, "tokenize --inputs FILE … --output FOLDER", "text, pictures and clips to a data set"
     ),
     "generate": Command(
-        _generate, "generate MODEL --prompt WORDS [--draw FILE]", "text, words for a picture, a picture from words"
+        _generate, "generate MODEL --prompt WORDS [--image FILE]", "text and pictures after words and pictures"
     ),
     "chat": Command(_chat, "chat MODEL", "talk to a published model"),
     "eval": Command(

@@ -5,6 +5,7 @@ background; palettes, grey, CMYK and 16-bit grey become RGB or grey as the image
 """
 
 import contextlib
+import re
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ Fit = Literal["crop", "pad", "centre"]
 
 # Nothing else is parsed: Pillow knows many formats, some through outside programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 # What Pillow raises on damaged or hostile files of these formats.
 _FAULTS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -67,6 +69,53 @@ def _explained(path: str | Path):
         raise DataError(f"picture {path} is none of {', '.join(FORMATS)}, or its beginning is damaged") from None
     except _FAULTS as error:
         raise DataError(f"picture {path} cannot be read: {error}") from None
+
+
+def read_clip(
+    path: str | Path,
+    resolution: int,
+    *,
+    channels: int = 3,
+    fit: Fit = "crop",
+    background: str = "white",
+    max_frames: int | None = None,
+) -> UInt8[np.ndarray, "frames H W *C"]:
+    """The same of a file, or of a folder that holds a picture a frame: by name, `frame_2.png` before `frame_10.png`.
+
+    Raises:
+        DataError: as `read_frames`, and for a folder without pictures or with frames of different sizes.
+    """
+    if not Path(path).is_dir():
+        return read_frames(
+            path, resolution, channels=channels, fit=fit, background=background, max_frames=max_frames
+        )  # fmt: skip
+    files = sorted((file for file in Path(path).iterdir() if file.suffix.lower() in SUFFIXES), key=_natural)
+    if not files:
+        raise DataError(f"folder {path} holds no frames; put {', '.join(SUFFIXES)} files into it, one a frame")
+    if max_frames is not None and len(files) > max_frames:
+        files = [files[i] for i in np.linspace(0, len(files) - 1, max_frames).astype(int)]
+    frames = [
+        read_frames(file, resolution, channels=channels, fit=fit, background=background, max_frames=1)[0]
+        for file in files
+    ]
+    for file, frame in zip(files, frames):
+        if frame.shape != frames[0].shape:
+            sizes = (" × ".join(map(str, x.shape[:2])) for x in (frame, frames[0]))
+            raise DataError(f"frame {file} is {next(sizes)} and the first one {next(sizes)}; use fit crop or pad")
+    return np.stack(frames)
+
+
+def is_clip(path: str | Path) -> bool:
+    """Whether this is several frames: a folder, or an animated file. Raises as `read_frames` does."""
+    if Path(path).is_dir():
+        return True
+    with _explained(path), Image.open(path, formats=FORMATS) as picture:
+        return getattr(picture, "n_frames", 1) > 1
+
+
+def _natural(file: Path) -> list:
+    """A key by which numbers in names are numbers."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
 
 
 def _read(path: Path, resolution: int, channels: int, fit: Fit, background: str, max_frames: int | None) -> np.ndarray:

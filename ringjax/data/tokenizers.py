@@ -10,6 +10,7 @@ into a special token: `</s>` in a document is five characters.
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -30,6 +31,8 @@ class TextTokenizer(Protocol):
     pad_id: int
     vocab_size: int
     fingerprint: str
+    specials: Mapping[str, int]
+    """Special tokens by their names; text never turns into one."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without begin and end tokens."""
@@ -75,6 +78,7 @@ class ByteTokenizer:
     pad_id, bos_id, eos_id = 0, 1, 2
     vocab_size = 259
     fingerprint = "bytes"
+    specials: Mapping[str, int] = {"<pad>": 0, "<s>": 1, "</s>": 2}
 
     def encode(self, text: str) -> list[int]:
         return [byte + 3 for byte in text.encode("utf-8")]
@@ -106,6 +110,8 @@ class JsonTokenizer:
         self.eos_id = self._special(path, _EOS_NAMES, "end")
         self.pad_id = self._first_known(_PAD_NAMES, otherwise=self.eos_id)
         self.fingerprint = _digest(content)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.specials = {token.content: i for i, token in added.items() if token.special}
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -148,6 +154,8 @@ class SentencePieceTokenizer:
         # LLaMA's model has no padding token; a padded slot is masked, so any id will do.
         self.pad_id = max(self._processor.pad_id(), 0)
         self.fingerprint = _digest(content)
+        ids = (i for i in range(self.vocab_size) if self._processor.is_control(i))
+        self.specials = {self._processor.id_to_piece(i): i for i in ids}
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text, add_bos=False, add_eos=False)

@@ -35,8 +35,12 @@ class ChatConfig:
     """Only the most likely tokens that together reach this probability."""
     min_p: float | None = None
     """Only tokens at least this likely, as a share of the likeliest one."""
+    repetition_penalty: float = 1.0
+    """Tokens of the conversation so far become less likely above 1."""
     stop: str | None = None
     """Text that ends an answer; it is not shown."""
+    stop_tokens: tuple[str, ...] = ()
+    """Special tokens that end an answer too, such as <|im_end|>; the option may be repeated."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of weights, cache and products; null: bfloat16, but float32 on CPUs."""
     seed: int = 0
@@ -53,7 +57,10 @@ class ChatConfig:
 
     def sampling(self) -> Sampling:
         """The settings for sampling."""
-        return Sampling(self.temperature, self.top_k, self.top_p, min_p=self.min_p, seed=self.seed)
+        return Sampling(
+            self.temperature, self.top_k, self.top_p, min_p=self.min_p, seed=self.seed,
+            repetition_penalty=self.repetition_penalty,
+        )  # fmt: skip
 
 
 def run_chat(
@@ -63,8 +70,10 @@ def run_chat(
     write = write or _write
     model = TextModel.load(config.model, dtype=config.dtype, template=config.template)
     model.chat_ids([{"role": "user", "content": ""}])  # whether it can chat at all, before anybody types
-    session = model.session(config.context or model.context)
+    model.stops_of(config.stop_tokens)
+    session = model.session(config.context)
     write(f"{config.model}: a context of {session.capacity} tokens; {HELP}\n")
+    write(_about_context(config, model, session.capacity))
     messages = beginning = [{"role": "system", "content": config.system}] if config.system else []
     for line in _typed() if lines is None else lines:
         line = line.strip()
@@ -76,13 +85,22 @@ def run_chat(
             messages = _turn(config, model, session, [*messages, {"role": "user", "content": line}], write)
 
 
+def _about_context(config: ChatConfig, model: TextModel, capacity: int) -> str:
+    """A line where the context is not what the model was trained for."""
+    if config.context is not None and config.context > model.context:
+        return f"(the model was trained for {model.context} tokens; what it says past them may make little sense)\n"
+    if config.context is None and capacity < model.context:
+        return f"(of the {model.context} tokens that the model was trained for, the cache of these fits into memory)\n"
+    return ""
+
+
 def _turn(config: ChatConfig, model: TextModel, session: Session, messages: list, write: Callable[[str], None]) -> list:
     """The conversation with the answer; unchanged but for the question, which is taken back, where it can't be had."""
     try:
         ids = model.chat_ids(messages)
         pieces = model.write(
             session, ids, max_new_tokens=config.max_new_tokens, sampling=config.sampling(),
-            stops=() if config.stop is None else (config.stop,),
+            stops=() if config.stop is None else (config.stop,), stop_tokens=config.stop_tokens,
         )  # fmt: skip
         answer, times = "", []
         for piece in pieces:

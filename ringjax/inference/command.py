@@ -1,135 +1,156 @@
-"""`ringjax generate MODEL`: text after text, words for a picture, a picture from words."""
+"""`ringjax generate MODEL`: text after text, words about pictures, pictures from words, and both in one stream.
 
-import dataclasses
+What people see is written as it comes where a model streams (published ones), and else when it is there.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
-from ringjax.inference.sampling import Sampling
+import numpy as np
 
+from ringjax.data.pictures import is_clip
+from ringjax.inference.generate_config import GenerateConfig
+from ringjax.inference.pictures_out import free_name, write_frames
+from ringjax.interop.tensors import read_json
 
-@dataclasses.dataclass(frozen=True)
-class GenerateConfig:
-    """Continue a text, put a picture into words (--picture), or draw a picture from words (--draw)."""
-
-    run_dir: str
-    """The folder of a run that `ringjax train` made, a Hugging Face folder, or a .gguf file."""
-    prompt: str = ""
-    """The words to begin with, or to draw."""
-    prompt_file: str | None = None
-    """A text file to begin with, in place of `prompt`."""
-    picture: str | None = None
-    """A picture file that comes before the prompt."""
-    draw: str | None = None
-    """Draw a picture from the prompt and write it to this .png file."""
-    max_new_tokens: int = 64
-    """Text tokens to write at most."""
-    temperature: float | None = None
-    """Logits are divided by it, 0: always the most likely token; null: 0 for pictures in words, otherwise 0.7."""
-    top_k: int | None = None
-    """Only the k most likely tokens."""
-    top_p: float | None = None
-    """Only the most likely tokens that together reach this probability."""
-    min_p: float | None = None
-    """Only tokens at least this likely, as a share of the likeliest one."""
-    stop: str | None = None
-    """Published models: text that ends the answer; it is not printed."""
-    guidance: float | None = None
-    """For drawing: how much the words count, 1: as in training; null: 2."""
-    seed: int = 0
-    """Of the random numbers."""
-    image_tokenizer: str | None = None
-    """A VQGAN .safetensors, or `sample` for the digits' own (the default of runs trained on them)."""
-    fit: Literal["crop", "pad", "centre"] = "centre"
-    """How a picture becomes square: its middle, padded, or left at its size (no larger than the tokenizer's)."""
-
-    def __post_init__(self):
-        if self.picture is not None and self.draw is not None:
-            raise ValueError("picture and draw are two different tasks; give one of them")
-        if self.draw is not None and not self.prompt:
-            raise ValueError("draw needs a prompt: the words to draw, for instance --prompt seven")
-        if self.draw is not None and Path(self.draw).suffix.lower() != ".png":
-            raise ValueError(f"draw {self.draw!r} must be the name of a .png file")
-        if self.prompt and self.prompt_file is not None:
-            raise ValueError("prompt and prompt_file both say how to begin; give one of them")
-        if self.picture is None and self.draw is None and not self.prompt and self.prompt_file is None:
-            raise ValueError("nothing to begin with; give --prompt, --prompt_file or --picture")
-        if self.stop == "":
-            raise ValueError("stop '' would end every answer at once; give some text, or leave it out")
-        if self.guidance is not None and self.draw is None:
-            raise ValueError(f"guidance {self.guidance} is for drawing only; leave it out, or give --draw")
-
-    def sampling(self) -> Sampling:
-        """The settings for sampling, with the task's defaults."""
-        temperature = self.temperature
-        if temperature is None:
-            temperature = 0.0 if self.picture is not None else 0.7
-        guidance = 1.0 if self.draw is None else 2.0 if self.guidance is None else self.guidance
-        return Sampling(temperature, self.top_k, self.top_p, guidance, self.seed, self.min_p)
-
-    def text(self) -> str:
-        """The words to begin with. Raises FileNotFoundError or ValueError for a file that is not there or not text."""
-        if self.prompt_file is None:
-            return self.prompt
-        try:
-            text = Path(self.prompt_file).read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.prompt_file} is not UTF-8 text: {error}") from None
-        if not text.strip():
-            raise ValueError(f"{self.prompt_file} is empty; there is nothing to begin with")
-        return text
+Write = Callable[[str], None]
+_OF_STREAMS = ("tokenizer", "rope_theta", "heads")
 
 
-def run_generate(config: GenerateConfig) -> str:
-    """Do what the config asks; gives what to print.
+def run_generate(config: GenerateConfig, write: Write | None = None) -> None:
+    """Do what the config asks, and say it with `write` (None: to the terminal).
 
-    Raises ValueError for a wrong or damaged picture, FileNotFoundError for a folder without a run.
+    Raises ValueError for a wrong or damaged picture and for what the model cannot do, FileNotFoundError for a folder
+    without a run.
     """
-    from ringjax.inference.trained import TrainedRun
     from ringjax.interop.published import is_published
 
-    sampling = config.sampling()
+    write = write or (lambda text: print(text, end="", flush=True))
     if is_published(config.run_dir):
-        return _continue(config, sampling)
+        _published(config, write)
+    else:
+        _run(config, write)
+
+
+def _published(config: GenerateConfig, write: Write) -> None:
+    """By a published model: one of text, or a LLaVA, told apart by what is in its folder."""
+    file = Path(config.run_dir) / "config.json"
+    sees = file.is_file() and read_json(file).get("model_type") == "llava"
+    (_see if sees else _continue)(config, write)
+
+
+def _see(config: GenerateConfig, write: Write) -> None:
+    """What a LLaVA says about pictures, in its own turns."""
+    from ringjax.inference.llava_model import LlavaModel
+
+    away = "is a LLaVA, which answers about pictures and has settings of its own for them"
+    _refuse(config, ("draw", "interleaved", "image_tokenizer", "max_frames", "fit", "stop", "stop_tokens"), away)
+    _refuse(config, _OF_STREAMS, "is no LWM stream and has its own")
+    if config.prompt_form != "own" or config.repetition_penalty != 1:
+        name = "prompt_form" if config.prompt_form != "own" else "repetition_penalty"
+        raise NotImplementedError(f"--{name} {getattr(config, name)}: {config.run_dir} {away}; leave it out")
+    for path in config.image:
+        if is_clip(path):
+            raise NotImplementedError(
+                f"{path} is a clip, and {config.run_dir} {away}: give its frames one by one, --image for each"
+            )
+    model = LlavaModel.load(config.run_dir)
+    options = dict(max_new_tokens=config.new_tokens, sampling=config.sampling())
+    write(model.answer(config.image, config.text(), **options) + "\n")
+
+
+def _run(config: GenerateConfig, write: Write) -> None:
+    from ringjax.inference.lwm_stream import SUFFIX, load_stream
+    from ringjax.inference.trained import TrainedRun
+
     if config.stop is not None:
-        raise ValueError(f"stop {config.stop!r} is for published models; a run's answers end at its end token")
-    run = TrainedRun.load(config.run_dir, image_tokenizer=config.image_tokenizer)
-    if config.draw is not None:
-        return _draw(run, config, sampling)
-    if config.picture is None:
-        prompt = config.text()
-        text = run.continue_text([prompt], max_new_tokens=config.max_new_tokens, sampling=sampling)[0]
-        return prompt + text
-    return _describe(run, config, sampling)
+        raise ValueError(
+            f"stop {config.stop!r} is for published models; a run's answers end at its end token and --stop_tokens"
+        )
+    options = dict(image_tokenizer=config.image_tokenizer, prompt_form=config.prompt_form)
+    if Path(config.run_dir).suffix == SUFFIX:
+        stream = dict(tokenizer=config.tokenizer, rope_theta=config.rope_theta, heads=config.heads)
+        run = load_stream(config.run_dir, **stream, **options)
+    else:
+        _refuse(config, _OF_STREAMS, "is no LWM stream and has its own")
+        run = TrainedRun.load(config.run_dir, **options)
+    task = _draw if config.draw is not None else _interleave if config.interleaved else _answer
+    task(run, config, write)
 
 
-def _continue(config: GenerateConfig, sampling: Sampling) -> str:
-    """Text by a published model, after the prompt as it is (a chat template is `ringjax chat`'s)."""
+def _continue(config: GenerateConfig, write: Write) -> None:
+    """Text by a published model, after the prompt as it is (a chat template is `ringjax chat`'s) or in LWM's form."""
     from ringjax.inference.text_model import TextModel
 
-    if config.picture is not None or config.draw is not None or config.image_tokenizer is not None:
-        raise NotImplementedError(f"{config.run_dir} is a model of text; pictures need a run that was trained on them")
+    away = "is a model of text; pictures need a LLaVA, or a run of `ringjax train` or LWM stream that knows them"
+    _refuse(config, ("image", "draw", "interleaved", "image_tokenizer"), away)
+    _refuse(config, _OF_STREAMS, "is no LWM stream and has its own")
+    prompt, lwm = config.text(), config.prompt_form == "lwm"
+    model = TextModel.load(config.run_dir, template="lwm" if lwm else None)
+    ids = model.chat_ids([{"role": "user", "content": prompt}]) if lwm else model.vocabulary.prompt(prompt)
+    if not ids:
+        raise ValueError("the prompt has no tokens; give some words")
+    session = model.session(len(ids) + config.new_tokens, option="a shorter prompt or --max_new_tokens")
+    pieces = model.write(
+        session, ids, max_new_tokens=config.new_tokens, sampling=config.sampling(),
+        stops=() if config.stop is None else (config.stop,), stop_tokens=config.stop_tokens,
+    )  # fmt: skip
+    write("" if lwm else prompt)
+    for piece in pieces:
+        write(piece)
+    write("\n")
+
+
+def _refuse(config: GenerateConfig, names: tuple[str, ...], why: str) -> None:
+    """Raises NotImplementedError for options that would be ignored."""
+    for name in names:
+        if getattr(config, name):
+            raise NotImplementedError(f"--{name}: {config.run_dir} {why}; leave it out")
+
+
+def _answer(run, config: GenerateConfig, write: Write) -> None:
+    """Text after text, or after pictures and text."""
+    options = dict(
+        max_new_tokens=config.new_tokens, sampling=config.sampling(), stop_tokens=config.stop_tokens
+    )  # fmt: skip
     prompt = config.text()
-    model = TextModel.load(config.run_dir)
-    ids = model.vocabulary.prompt(prompt)
-    session = model.session(len(ids) + config.max_new_tokens)
-    stops = () if config.stop is None else (config.stop,)
-    pieces = model.write(session, ids, max_new_tokens=config.max_new_tokens, sampling=sampling, stops=stops)
-    return prompt + "".join(pieces)
+    if config.image:
+        write(run.answer(_clips(run, config), prompt=prompt, **options).strip() + "\n")
+    else:
+        written = run.continue_text([prompt], **options)[0]
+        write((written.strip() if config.prompt_form == "lwm" else prompt + written) + "\n")
 
 
-def _describe(run, config: GenerateConfig, sampling: Sampling) -> str:
-    from ringjax.data.pictures import read_frames
-
-    size = run.vqgan.config
-    frames = read_frames(config.picture, size.resolution, channels=size.channels, fit=config.fit, max_frames=1)
-    codes = run.to_codes(frames)
-    words = run.describe(codes, prompt=config.prompt, max_new_tokens=config.max_new_tokens, sampling=sampling)
-    return words[0].strip()
+def _draw(run, config: GenerateConfig, write: Write) -> None:
+    codes = run.draw_clips(
+        [config.text().strip()], config.frames, sampling=config.sampling(), later=config.later_sampling()
+    )
+    write(write_frames(config.draw, run.to_pictures(codes[0]), fps=config.fps) + "\n")
 
 
-def _draw(run, config: GenerateConfig, sampling: Sampling) -> str:
-    from PIL import Image
+def _interleave(run, config: GenerateConfig, write: Write) -> None:
+    """Text to the terminal; a picture or clip as a line that names its file."""
+    prompt = config.text()
+    parts = run.write(
+        [prompt], clips=_clips(run, config), max_new_tokens=config.new_tokens, sampling=config.sampling(),
+        vision_sampling=config.vision_sampling(), max_frames=config.max_frames, stop_tokens=config.stop_tokens,
+    )[0]  # fmt: skip
+    write("" if config.prompt_form == "lwm" else prompt)
+    for part in parts:
+        if isinstance(part, str):
+            write(part)
+        else:
+            name = free_name(config.output, len(part))
+            write(f"\n[{write_frames(name, run.to_pictures(part), fps=config.fps)}]\n")
+    write("\n")
 
-    picture = run.to_pictures(run.draw([config.prompt], sampling=sampling))[0]
-    Image.fromarray(picture).save(config.draw)
-    return f"{config.draw}: {picture.shape[1]} × {picture.shape[0]} pixels"
+
+def _clips(run, config: GenerateConfig) -> list[np.ndarray]:
+    """The codes of each --image, a frame a row. Raises ValueError that names a file which is no picture."""
+    from ringjax.data.pictures import read_clip
+
+    if not config.image:
+        return []
+    size, most = run.vqgan.config, config.max_frames or run.data.max_frames
+    options = dict(channels=size.channels, fit=config.fit or run.fit, max_frames=most)
+    return [run.to_codes(read_clip(path, size.resolution, **options)) for path in config.image]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import NamedSharding
 
+from ringjax.models.cache import CacheType
 from ringjax.models.config import ModelConfig
 from ringjax.models.parallel import Parallel
 
@@ -31,31 +32,49 @@ class Memory(NamedTuple):
         return int(_SHARE * max(0, self.limit - self.used))
 
 
-def cache_bytes(config: ModelConfig, rows: int, tokens: int, parallel: Parallel) -> int:
-    """Of keys and values of all layers, on one device."""
-    shape = (2 * config.layers, rows, tokens, config.key_heads, config.head_size)
-    if parallel.mesh is not None:
-        shape = NamedSharding(parallel.mesh, parallel.spec_for(shape, *_AXES)).shard_shape(shape)
-    return math.prod(shape) * config.compute_dtype.itemsize
+def cache_bytes(
+    config: ModelConfig, rows: int, tokens: int, parallel: Parallel, cache_type: CacheType | None = None
+) -> int:
+    """Of keys and values of all layers, on one device; `cache_type` as in `empty_cache`."""
+
+    def count(*shape: int) -> int:
+        if parallel.mesh is not None:
+            shape = NamedSharding(parallel.mesh, parallel.spec_for(shape, *_AXES[: len(shape)])).shard_shape(shape)
+        return math.prod(shape)
+
+    shape = (2 * config.layers, rows, tokens, config.key_heads)
+    if cache_type is None:
+        return count(*shape, config.head_size) * config.compute_dtype.itemsize
+    return count(*shape, config.head_size) + 4 * count(*shape)  # int8, and a float32 scale for each
 
 
-def tokens_that_fit(config: ModelConfig, rows: int, parallel: Parallel, memory: Memory) -> int:
+def tokens_that_fit(
+    config: ModelConfig, rows: int, parallel: Parallel, memory: Memory, cache_type: CacheType | None = None
+) -> int:
     """The longest cache of `rows` rows that fits, in a length that can be had."""
     step = _MULTIPLE * parallel.ring_size
-    return memory.free // cache_bytes(config, rows, step, parallel) * step
+    return memory.free // cache_bytes(config, rows, step, parallel, cache_type) * step
 
 
 def require_room(
-    config: ModelConfig, rows: int, tokens: int, parallel: Parallel, *, option: str, memory: Memory | None = None
+    config: ModelConfig,
+    rows: int,
+    tokens: int,
+    parallel: Parallel,
+    *,
+    option: str,
+    cache_type: CacheType | None = None,
+    memory: Memory | None = None,
 ) -> None:
     """Raises ValueError for a cache that cannot fit, saying what would; `option` is how a person asks for less.
 
     `memory` is that of a device (None: as it is now). Where that is not known, nothing is checked.
     """
     memory = memory or memory_now(parallel)
-    if memory is None or cache_bytes(config, rows, tokens, parallel) <= memory.free:
+    taken = cache_bytes(config, rows, tokens, parallel, cache_type)
+    if memory is None or taken <= memory.free:
         return
-    taken, fits = cache_bytes(config, rows, tokens, parallel), tokens_that_fit(config, rows, parallel, memory)
+    fits = tokens_that_fit(config, rows, parallel, memory, cache_type)
     each = "" if rows == 1 else f" for each of {rows} rows"
     raise ValueError(
         f"a cache of {tokens} tokens{each} takes {_size(taken)} a device, and of the {_size(memory.limit)} there"

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import jax
 
+from ringjax.inference import room
 from ringjax.inference.chat_template import BUILT_IN, ChatTemplate, Message, special_tokens
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.session import Session
+from ringjax.inference.stop_tokens import stop_token_ids
 from ringjax.inference.streaming import stream_text
 from ringjax.inference.vocabulary import Vocabulary
 from ringjax.interop.published import Published, open_published
@@ -57,10 +59,17 @@ class TextModel:
         stops = published.description.eos_ids
         return cls(model, vocabulary, found, stops, published.description.context, parallel)
 
-    def session(self, capacity: int) -> Session:
-        """An empty cache with room for at least so many tokens."""
+    def session(self, capacity: int | None = None, *, option: str = "--context") -> Session:
+        """An empty cache with room for at least so many tokens (None: the model's context, or what of it fits well).
+
+        Raises ValueError for a cache that does not fit into memory, saying what would; `option` is how people ask
+        for less.
+        """
         step = 2 * self.parallel.ring_size  # what every layout can cut
-        return Session(self.model, -(-capacity // step) * step, self.parallel)
+        if capacity is None:
+            fits = room.comfortable(self.model.config, self.parallel)
+            capacity = self.context if fits is None else max(step, min(self.context, fits))
+        return Session(self.model, -(-capacity // step) * step, self.parallel, option=option)
 
     def write(
         self,
@@ -70,13 +79,20 @@ class TextModel:
         max_new_tokens: int,
         sampling: Sampling,
         stops: Sequence[str] = (),
+        stop_tokens: Sequence[str] = (),
     ) -> Iterator[str]:
-        """The text after `ids` in pieces. What the session holds of their beginning already is not computed again."""
+        """The text after `ids` in pieces, up to a text of `stops`, a special token of `stop_tokens` or the model's end.
+
+        What the session holds of the beginning already is not computed again.
+        """
+        stop_ids = (*self.stop_ids, *self.stops_of(stop_tokens))
         kept = session.rewind(min(_common(session.ids, ids), len(ids) - 1))
-        tokens = session.generate(
-            ids[kept:], max_new_tokens=max_new_tokens, stop_ids=self.stop_ids, sampling=sampling
-        )
+        tokens = session.generate(ids[kept:], max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling)
         return stream_text(tokens, self.vocabulary.whole_text, stops)
+
+    def stops_of(self, names: Sequence[str]) -> tuple[int, ...]:
+        """The ids of special tokens; raises ValueError for one that the tokenizer doesn't have."""
+        return stop_token_ids(names, self.vocabulary.specials)
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """A conversation up to where the answer begins. Raises ValueError without a chat template."""

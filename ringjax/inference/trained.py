@@ -1,20 +1,26 @@
-"""A trained run: continues text, puts pictures into words, draws pictures from words."""
+"""A trained run: continues text, puts pictures into words, draws from words, and writes both in one stream."""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from ringjax.data.config import DataConfig
 from ringjax.data.example import Example
-from ringjax.data.fields import FieldEncoder
-from ringjax.data.tokenizers import VISION_START, TextTokenizer, load_tokenizer
+from ringjax.data.pictures import Fit
+from ringjax.data.tokenizers import VISION_END, VISION_START, TextTokenizer, load_tokenizer
+from ringjax.inference import lwm_prompts
 from ringjax.inference.generate import generate_frames, generate_text
-from ringjax.inference.prompts import append_text, text_prompt
+from ringjax.inference.interleaved import generate_interleaved
+from ringjax.inference.lwm_prompts import LwmPrompts
+from ringjax.inference.pieces import Piece, Text
+from ringjax.inference.run_prompts import RunPrompts
 from ringjax.inference.sampling import Sampling
+from ringjax.inference.stop_tokens import stop_token_ids
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
 from ringjax.models.vqgan import VQGAN, decode_pictures, encode_pictures, load_vqgan
@@ -26,13 +32,14 @@ _ONE_DEVICE = Parallel()
 _LIKELIEST = Sampling(temperature=0)
 _DIGIT_PIXELS = 28
 
+PromptForm = Literal["own", "lwm"]
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
     """A model with the tokenizers that it was trained with.
 
-    The prompts are those of training: `<s>`, then text, or `<vision> codes </vision>`, as the example language of
-    `ringjax.data.fields` writes them.
+    The prompts are those of training (`ringjax.inference.run_prompts`), or LWM's.
     """
 
     model: Transformer
@@ -40,10 +47,17 @@ class TrainedRun:
     parallel: Parallel = _ONE_DEVICE
     image_tokenizer: str | None = None
     """A VQGAN .safetensors, or `sample` for the digits' own; None: `sample` where the run was trained on the digits."""
+    prompt_form: PromptForm = "own"
+    """How the model is asked: as it was trained here, or in LWM's words (`ringjax.inference.lwm_prompts`)."""
 
     @classmethod
     def load(
-        cls, run_dir: str | Path, *, parallel: Parallel = _ONE_DEVICE, image_tokenizer: str | None = None
+        cls,
+        run_dir: str | Path,
+        *,
+        parallel: Parallel = _ONE_DEVICE,
+        image_tokenizer: str | None = None,
+        prompt_form: PromptForm = "own",
     ) -> "TrainedRun":
         """The last whole checkpoint of a run.
 
@@ -54,7 +68,7 @@ class TrainedRun:
             raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.yaml; train first (ringjax train)")
         config = load_config(run_dir / "config.yaml")
         _, model = restore_model(run_dir, parallel=parallel)
-        return cls(model, config.stage_list[-1].data, parallel, image_tokenizer)
+        return cls(model, config.stage_list[-1].data, parallel, image_tokenizer, prompt_form)
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -66,6 +80,7 @@ class TrainedRun:
         """The image tokenizer. Raises ValueError where none is named, or it does not fit the run."""
         from ringjax.data import samples
 
+        self.require_vision()
         name = self.image_tokenizer
         if name is None and any(source.path == "sample:digits" for source in self.data.sources):
             name = SAMPLE
@@ -81,10 +96,18 @@ class TrainedRun:
             )
         return model
 
-    def continue_text(self, texts: Sequence[str], *, max_new_tokens: int, sampling: Sampling) -> list[str]:
-        """What the model writes after each text, up to the end token."""
-        prompts = [text_prompt([self.tokenizer.bos_id, *self.tokenizer.encode(text)]) for text in texts]
-        return self._write(prompts, max_new_tokens, sampling)
+    @functools.cached_property
+    def prompts(self) -> RunPrompts | LwmPrompts:
+        """Words and pictures in the form that the model knows."""
+        if self.prompt_form == "own":
+            return RunPrompts(self.tokenizer, self.data)
+        return LwmPrompts(self.tokenizer, self.data.codes_per_frame, self.data.vision_codes)
+
+    def continue_text(
+        self, texts: Sequence[str], *, max_new_tokens: int, sampling: Sampling, stop_tokens: Sequence[str] = ()
+    ) -> list[str]:
+        """What the model writes after each text, up to the end token or one of the special `stop_tokens`."""
+        return self._text([self.prompts.text(text) for text in texts], max_new_tokens, sampling, stop_tokens)
 
     def describe(
         self,
@@ -95,20 +118,73 @@ class TrainedRun:
         sampling: Sampling = _LIKELIEST,
     ) -> list[str]:
         """What the model writes after each picture (and the prompt after it), up to the end token."""
-        more = self.tokenizer.encode(prompt) if prompt else []
-        prompts = [append_text(self._encoder.encode({"vision": row}, "[vision]"), more) for row in codes]
-        return self._write(prompts, max_new_tokens, sampling)
+        return self._text([self.prompts.see([row[None]], prompt) for row in codes], max_new_tokens, sampling, ())
+
+    def answer(
+        self,
+        clips: Sequence[Int[np.ndarray, "frames codes"]],
+        *,
+        prompt: str = "",
+        max_new_tokens: int = 16,
+        sampling: Sampling = _LIKELIEST,
+        stop_tokens: Sequence[str] = (),
+    ) -> str:
+        """What the model writes after all of these pictures (of one frame) and clips, and the prompt."""
+        return self._text([self.prompts.see(clips, prompt)], max_new_tokens, sampling, stop_tokens)[0]
+
+    def write(
+        self,
+        texts: Sequence[str],
+        *,
+        clips: Sequence[Int[np.ndarray, "frames codes"]] = (),
+        max_new_tokens: int,
+        sampling: Sampling,
+        vision_sampling: Sampling | None = None,
+        max_frames: int | None = None,
+        stop_tokens: Sequence[str] = (),
+    ) -> list[list[str | Int[np.ndarray, "frames codes"]]]:
+        """Text and pictures after each text (and the `clips` before it), as the model wants them.
+
+        In order: text as `str`, a picture or clip as codes, a frame a row. See `generate_interleaved`.
+        """
+        self.require_vision()
+        prompts = [self.prompts.see(clips, text) if clips else self.prompts.text(text) for text in texts]
+        written = generate_interleaved(
+            self.model, prompts, max_new_tokens=max_new_tokens, codes_per_frame=self.data.codes_per_frame,
+            vision_start=self.tokenizer.marker(VISION_START), vision_end=self.tokenizer.marker(VISION_END),
+            max_frames=max_frames, stop_ids=self._stops(stop_tokens), sampling=sampling,
+            vision_sampling=vision_sampling, parallel=self.parallel,
+        )  # fmt: skip
+        return [[self._part(piece) for piece in row.pieces] for row in written]
 
     def draw(self, words: Sequence[str], *, sampling: Sampling) -> Int[np.ndarray, "n codes"]:
         """The codes of a picture for each of `words`; with guidance, compared with a picture without words."""
-        start = self.tokenizer.marker(VISION_START)
-        prompts = [append_text(self._encoder.encode({"words": text}, "[words]"), start) for text in words]
-        wordless = [text_prompt([self.tokenizer.bos_id, *start])] * len(prompts)
-        frames = generate_frames(
-            self.model, prompts, codes_per_frame=self.data.codes_per_frame, sampling=sampling, unconditional=wordless,
-            parallel=self.parallel,
-        )  # fmt: skip
-        return self._usable(frames[:, 0])
+        return self.draw_clips(words, 1, sampling=sampling)[:, 0]
+
+    def draw_clips(
+        self, words: Sequence[str], frames: int, *, sampling: Sampling, later: Sampling | None = None
+    ) -> Int[np.ndarray, "n frames codes"]:
+        """The codes of a clip for each of `words`.
+
+        In LWM's form the first frame is drawn as a picture, and the `later` ones after it by settings of their own
+        (None: LWM's, with the seed of `sampling`).
+        """
+        self.require_vision()
+        lwm = isinstance(self.prompts, LwmPrompts) and frames > 1
+        found = self._frames([self.prompts.picture(text) for text in words], 1 if lwm else frames, sampling)
+        if lwm:
+            later = later or dataclasses.replace(lwm_prompts.CLIP, seed=sampling.seed)
+            begun = [self.prompts.clip(text, first) for text, first in zip(words, found[:, 0])]
+            found = np.concatenate([found, self._frames(begun, frames - 1, later)], axis=1)
+        return self._usable(found)
+
+    def require_vision(self) -> None:
+        """Raises ValueError for a model without pictures."""
+        if self.model.vte is None:
+            raise ValueError(
+                "this run is a model of text (vision_vocab_size 0), which neither sees nor draws pictures; leave them"
+                " out, or name a run that was trained on pictures"
+            )
 
     def to_codes(self, pictures: UInt8[np.ndarray, "n H W *C"]) -> Int[np.ndarray, "n codes"]:
         """Pictures as codes."""
@@ -116,24 +192,42 @@ class TrainedRun:
 
     def to_pictures(self, codes: Int[np.ndarray, "n codes"]) -> UInt8[np.ndarray, "n H W *C"]:
         """Codes as pictures; the digits' own tokenizer gives them without the border that it puts around them."""
-        config = self.vqgan.config
-        size = _DIGIT_PIXELS if config.channels == 1 and config.resolution == 32 else None
-        return decode_pictures(self.vqgan, codes.reshape(len(codes), config.grid, config.grid), size=size)
+        grid = self.vqgan.config.grid
+        return decode_pictures(self.vqgan, codes.reshape(len(codes), grid, grid), size=self._size)
 
     @property
-    def _encoder(self) -> FieldEncoder:
-        return FieldEncoder(
-            self.tokenizer, codes_per_frame=self.data.codes_per_frame, vision_codes=self.data.vision_codes,
-            separator=self.data.separator, add_bos=self.data.add_bos, add_eos=False,
-        )  # fmt: skip
+    def fit(self) -> Fit:
+        """How a picture becomes what the image tokenizer takes: the digits' own is for small ones as they are."""
+        return "crop" if self._size is None else "centre"
 
-    def _write(self, prompts: list[Example], max_new_tokens: int, sampling: Sampling) -> list[str]:
+    @property
+    def _size(self) -> int | None:
+        config = self.vqgan.config
+        return _DIGIT_PIXELS if config.channels == 1 and config.resolution == 32 else None
+
+    def _text(
+        self, prompts: list[Example], max_new_tokens: int, sampling: Sampling, stop_tokens: Sequence[str]
+    ) -> list[str]:
         ids = generate_text(
-            self.model, prompts, max_new_tokens=max_new_tokens, stop_ids=[self.tokenizer.eos_id], sampling=sampling,
+            self.model, prompts, max_new_tokens=max_new_tokens, stop_ids=self._stops(stop_tokens), sampling=sampling,
             parallel=self.parallel,
         )  # fmt: skip
         return [self.tokenizer.decode(row.tolist()) for row in ids]
 
-    def _usable(self, codes: Int[np.ndarray, "n codes"]) -> Int[np.ndarray, "n codes"]:
+    def _stops(self, names: Sequence[str]) -> list[int]:
+        return [self.tokenizer.eos_id, *stop_token_ids(names, self.tokenizer.specials)]
+
+    def _frames(self, prompts: list[Example], frames: int, sampling: Sampling) -> Int[np.ndarray, "n frames codes"]:
+        return generate_frames(
+            self.model, prompts, codes_per_frame=self.data.codes_per_frame, frames=frames, sampling=sampling,
+            unconditional=[self.prompts.wordless()] * len(prompts), parallel=self.parallel,
+        )  # fmt: skip
+
+    def _part(self, piece: Piece) -> str | Int[np.ndarray, "frames codes"]:
+        if isinstance(piece, Text):
+            return self.tokenizer.decode(piece.ids.tolist())
+        return self._usable(piece.codes)
+
+    def _usable(self, codes: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
         """Ids past the codebook (the model may have room for more codes than there are) become code 0."""
         return np.where(codes < self.vqgan.config.codes, codes, 0)

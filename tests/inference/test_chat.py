@@ -9,6 +9,10 @@ import pytest
 from ringjax import cli
 from ringjax.inference.chat_command import ChatConfig, run_chat
 from ringjax.inference.chat_template import LWM, ChatTemplate
+from ringjax.inference.command import run_generate
+from ringjax.inference.generate_config import GenerateConfig
+from ringjax.inference.room import Memory
+from ringjax.inference.sampling import Sampling
 from ringjax.inference.text_model import TextModel
 from ringjax.inference.vocabulary import Vocabulary
 from ringjax.interop.published import open_published
@@ -164,3 +168,70 @@ def test_stop_tokens_of_generation_config_count(folder, tmp_path):
     other = published.write(tmp_path / "model")
     (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 17]}))
     assert TextModel.load(other).stop_ids == (2, 17) and TextModel.load(folder).stop_ids == (2,)
+
+
+def test_stop_tokens_by_name(folder, capsys):
+    """An answer ends at a special token that was named; the model's own end counts as well."""
+    model = TextModel.load(folder, dtype="float32")
+    ids = model.chat_ids(QUESTION)
+    free = model.session(128)
+    list(model.write(free, ids, max_new_tokens=20, sampling=Sampling(temperature=0)))
+    token = free.ids[len(ids) + 1]
+    model.vocabulary.specials["<|made_up|>"] = token
+    held = model.session(128)
+    options = dict(max_new_tokens=20, sampling=Sampling(temperature=0), stop_tokens=["<|made_up|>"])
+    list(model.write(held, ids, **options))
+    assert held.ids == free.ids[: free.ids.index(token, len(ids))] and len(held.ids) < len(free.ids)
+    for command in (["chat", str(folder)], ["generate", str(folder), "--prompt", "a"]):
+        assert cli.main([*command, "--stop_tokens", "<|im_end|>", "--stop_tokens", "<|imend|>"]) == 1
+        said = capsys.readouterr().err
+        assert "stop token '<|imend|>' is no special token of this tokenizer; it has <|im_end|>, " in said
+
+
+def test_repetition_can_be_penalised(folder, capsys):
+    options = ["--prompt", "aaaa", "--max_new_tokens", "12", "--temperature", "0"]
+    assert cli.main(["generate", str(folder), *options]) == 0
+    free = capsys.readouterr().out
+    assert cli.main(["generate", str(folder), *options, "--repetition_penalty", "5"]) == 0
+    assert capsys.readouterr().out != free
+
+
+def test_a_context_beyond_training_is_said(folder):
+    trained_for = TextModel.load(folder, dtype="float32").context
+    note = f"the model was trained for {trained_for} tokens"
+    assert note in talk(folder, context=trained_for + 2) and note not in talk(folder, context=trained_for)
+
+
+def test_a_context_that_does_not_fit(folder, monkeypatch):
+    """One that is asked for is refused with what would fit; the model's own is cut to what does, and that is said."""
+    monkeypatch.setattr("ringjax.inference.room.memory_now", lambda parallel: Memory(2**20, 2**20 - 2**14))
+    with pytest.raises(
+        ValueError, match=r"a cache of 128 tokens takes .*; (\d+) tokens would fit: ask for .*--context"
+    ):
+        talk(folder, context=128)
+    fits = re.search(r"a context of (\d+) tokens", talk(folder)).group(1)
+    assert "the cache of these fits into memory" in talk(folder)
+    assert f"a context of {fits} tokens" in talk(folder, context=int(fits))
+
+
+def test_lwm_asks_a_text_model(folder, capsys):
+    arguments = ["generate", str(folder), "--prompt", "Why?", "--prompt_form", "lwm", "--max_new_tokens", "5"]
+    assert cli.main([*arguments, "--temperature", "0"]) == 0
+    model = TextModel.load(folder, dtype="float32", template="lwm")
+    pieces = model.write(
+        model.session(128), model.chat_ids(QUESTION), max_new_tokens=5, sampling=Sampling(temperature=0)
+    )
+    assert capsys.readouterr().out == "".join(pieces) + "\n"
+
+
+@pytest.mark.parametrize("more", [["--image", "a.png"], ["--draw", "a.png"], ["--interleaved"]])
+def test_a_model_of_text_takes_no_pictures(folder, more, capsys):
+    assert cli.main(["generate", str(folder), "--prompt", "a", *more]) == 2
+    said = capsys.readouterr().err
+    assert more[0] in said and "is a model of text; pictures need a LLaVA, or a run" in said
+
+
+def test_generate_streams(folder):
+    shown = []
+    run_generate(GenerateConfig(str(folder), "Once", max_new_tokens=8, temperature=1.0), shown.append)
+    assert shown[0] == "Once" and len(shown) > 3 and shown[-1] == "\n"

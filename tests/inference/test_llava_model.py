@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ringjax import cli
 from ringjax.attention import Reach
 from ringjax.inference.llava_model import IMAGE, LlavaModel, read_picture
+from ringjax.inference.pictures_out import write_frames
 from ringjax.inference.sampling import Sampling
 from ringjax.models import Parallel
 from ringjax.models.features import feature_index
@@ -136,3 +138,21 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text(tokenizer_json())
     with pytest.raises(ValueError, match=r"<image> is ids \[.*\] in the tokenizer and \[259\] in config.json"):
         LlavaModel.load(tmp_path)
+
+
+def test_the_command_line_asks_it(folder, model, tmp_path, capsys):
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for file, picture in zip(files, PICTURES):
+        Image.fromarray(read_picture(picture)).save(file)
+    asked = ["generate", str(folder), "--prompt", PROMPT, *(word for file in files for word in ("--image", str(file)))]
+    assert cli.main([*asked, "--max_new_tokens", str(NEW)]) == 0
+    assert capsys.readouterr().out == model.answer(files, PROMPT, max_new_tokens=NEW) + "\n"
+    clip = tmp_path / "clip.webp"
+    write_frames(clip, np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3), np.uint8), fps=4)
+    for more, message in (
+        (["--image", str(clip)], "clip.webp is a clip, and"),
+        (["--repetition_penalty", "2"], "--repetition_penalty 2.0: "),
+        (["--stop_tokens", "<s>"], "--stop_tokens: "),
+    ):
+        assert cli.main([*asked, *more]) == 2
+        assert message in capsys.readouterr().err

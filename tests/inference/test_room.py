@@ -17,6 +17,7 @@ from ringjax.inference.room import (
 )
 from ringjax.inference.session import Session
 from ringjax.models import ModelConfig, Parallel
+from ringjax.models.cache import empty_cache
 from tests.inference.small import parallel, small_model
 from tests.models import cases
 
@@ -28,6 +29,12 @@ ONE = Parallel()
 def test_bytes_of_a_cache():
     assert cache_bytes(LLAMA, 1, 4096, ONE) == 2 * GIB  # 512 KiB a token
     assert cache_bytes(LLAMA, 3, 4096, ONE) == 6 * GIB
+    assert cache_bytes(LLAMA, 1, 4096, ONE, "int8") == GIB + GIB // 32  # a scale for 128 numbers
+    small, mesh = small_model().config, parallel((1, 1, 2, 4))
+    for kind in (None, "int8"):
+        cache = empty_cache(small, 1, 64, mesh, kind)
+        held = sum(x.addressable_shards[0].data.nbytes for x in cache.arrays)
+        assert cache_bytes(small, 1, 64, mesh, kind) == held
 
 
 @pytest.mark.parametrize("layout", ["striped", "zigzag"])
