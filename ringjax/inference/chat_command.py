@@ -9,6 +9,7 @@ from typing import Literal
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.session import Session
 from ringjax.inference.text_model import TextModel
+from ringjax.models.cache import CacheType
 
 HELP = "/reset begins anew, /exit (or Ctrl-D) ends"
 
@@ -43,6 +44,8 @@ class ChatConfig:
     """Special tokens that end an answer too, such as <|im_end|>; the option may be repeated."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of weights, cache and products; null: bfloat16, but float32 on CPUs."""
+    cache: CacheType | None = None
+    """int8: keys and values in half of bfloat16's memory, a little less exact; null: as the dtype says."""
     seed: int = 0
     """Of the random numbers."""
 
@@ -71,7 +74,7 @@ def run_chat(
     model = TextModel.load(config.model, dtype=config.dtype, template=config.template)
     model.chat_ids([{"role": "user", "content": ""}])  # whether it can chat at all, before anybody types
     model.stops_of(config.stop_tokens)
-    session = model.session(config.context)
+    session = model.session(config.context, cache_type=config.cache)
     write(f"{config.model}: a context of {session.capacity} tokens; {HELP}\n")
     write(_about_context(config, model, session.capacity))
     messages = beginning = [{"role": "system", "content": config.system}] if config.system else []

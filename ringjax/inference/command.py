@@ -44,7 +44,8 @@ def _see(config: GenerateConfig, write: Write) -> None:
     from ringjax.inference.llava_model import LlavaModel
 
     away = "is a LLaVA, which answers about pictures and has settings of its own for them"
-    _refuse(config, ("draw", "interleaved", "image_tokenizer", "max_frames", "fit", "stop", "stop_tokens"), away)
+    unused = "draw", "interleaved", "image_tokenizer", "max_frames", "fit", "stop", "stop_tokens", "cache"
+    _refuse(config, unused, away)
     _refuse(config, _OF_STREAMS, "is no LWM stream and has its own")
     if config.prompt_form != "own" or config.repetition_penalty != 1:
         name = "prompt_form" if config.prompt_form != "own" else "repetition_penalty"
@@ -67,6 +68,8 @@ def _run(config: GenerateConfig, write: Write) -> None:
         raise ValueError(
             f"stop {config.stop!r} is for published models; a run's answers end at its end token and --stop_tokens"
         )
+    if config.cache is not None:
+        raise NotImplementedError(f"--cache {config.cache} is for published models of text; leave it out")
     options = dict(image_tokenizer=config.image_tokenizer, prompt_form=config.prompt_form)
     if Path(config.run_dir).suffix == SUFFIX:
         stream = dict(tokenizer=config.tokenizer, rope_theta=config.rope_theta, heads=config.heads)
@@ -90,7 +93,9 @@ def _continue(config: GenerateConfig, write: Write) -> None:
     ids = model.chat_ids([{"role": "user", "content": prompt}]) if lwm else model.vocabulary.prompt(prompt)
     if not ids:
         raise ValueError("the prompt has no tokens; give some words")
-    session = model.session(len(ids) + config.new_tokens, option="a shorter prompt or --max_new_tokens")
+    session = model.session(
+        len(ids) + config.new_tokens, option="a shorter prompt or --max_new_tokens", cache_type=config.cache
+    )
     pieces = model.write(
         session, ids, max_new_tokens=config.new_tokens, sampling=config.sampling(),
         stops=() if config.stop is None else (config.stop,), stop_tokens=config.stop_tokens,

@@ -19,8 +19,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ringjax.data.example import Example
-from ringjax.inference.prefill import fill, prefill, start
-from ringjax.inference.prompts import PromptBatch, seen_tokens
+from ringjax.inference.prefill import after, fill, prefill, prefill_shared, start
+from ringjax.inference.prompts import PromptBatch, batch_prompts, seen_tokens
 from ringjax.inference.sampling import Sampling, guide, row_keys, sample, step_keys
 from ringjax.models.cache import KVCache
 from ringjax.models.parallel import Parallel
@@ -38,16 +38,21 @@ def generate_text(
     stop_ids: Sequence[int] = (),
     sampling: Sampling = _SAMPLE,
     unconditional: Sequence[Example] | None = None,
+    prefix: Example | None = None,
     parallel: Parallel = _ONE_DEVICE,
 ) -> list[Int[np.ndarray, " n"]]:
     """Text ids after each prompt: at most `max_new_tokens`, the one of `stop_ids` that ended it included.
 
     The loop ends when every row has stopped. `unconditional` holds each prompt without its condition, for
-    `sampling.guidance` other than 1. Raises ValueError where arguments do not fit.
+    `sampling.guidance` other than 1. `prefix` comes before every prompt; its keys and values exist once, however many
+    prompts there are. Raises ValueError where arguments do not fit, NotImplementedError for a prefix with guidance or
+    for a model with a window.
     """
     check_count("max_new_tokens", max_new_tokens)
+    if prefix is not None and sampling.guidance != 1:
+        raise NotImplementedError(f"a shared prefix and guidance {sampling.guidance}; put the prefix into the prompts")
     plan = Plan(max_new_tokens, stop_ids=tuple(int(i) for i in stop_ids))
-    tokens = _generate(model, prompts, plan, sampling, unconditional, parallel)
+    tokens = _generate(model, prompts, plan, sampling, unconditional, parallel, prefix)
     return [_until_stop(row, plan.stop_ids) for row in tokens]
 
 
@@ -94,7 +99,9 @@ class Loop(NamedTuple):
     cache: KVCache
 
 
-def _generate(model, prompts, plan: Plan, sampling: Sampling, unconditional, parallel: Parallel) -> np.ndarray:
+def _generate(
+    model, prompts, plan: Plan, sampling: Sampling, unconditional, parallel: Parallel, prefix: Example | None = None
+) -> np.ndarray:
     copies = _copies(sampling)
     rows = fill(_with_partners(prompts, unconditional, sampling), copies, parallel)
     graph, params, batch, capacity = start(model, rows, plan.new, parallel)
@@ -103,7 +110,13 @@ def _generate(model, prompts, plan: Plan, sampling: Sampling, unconditional, par
         vision = plan.codes_per_frame > 0
         size = model.config.vision_codes if vision else model.config.vocab_size
         seen = seen_tokens(rows[::copies], size, vision=vision)
-    tokens = _run(params, batch, seen, graph=graph, plan=plan, sampling=sampling, capacity=capacity, parallel=parallel)
+        if prefix is not None:
+            seen |= seen_tokens([prefix], size, vision=vision)
+    shared = None
+    if prefix is not None:
+        shared, _ = batch_prompts([prefix] * parallel.size("dp", "fsdp"), 0, parallel)
+    static = dict(graph=graph, plan=plan, sampling=sampling, capacity=capacity, parallel=parallel)
+    tokens = _run(params, batch, shared, seen, **static)
     return np.asarray(tokens)[: len(prompts)]
 
 
@@ -127,14 +140,16 @@ def _with_partners(prompts, unconditional, sampling: Sampling) -> list[Example]:
 
 @functools.partial(jax.jit, static_argnames=("graph", "plan", "sampling", "capacity", "parallel"))
 def _run(
-    params, batch: PromptBatch, seen, *, graph, plan: Plan, sampling: Sampling, capacity: int, parallel: Parallel
-) -> Int[Array, "prompts new"]:
+    params, batch: PromptBatch, prefix: PromptBatch | None, seen, *, graph, plan: Plan, sampling: Sampling,
+    capacity: int, parallel: Parallel,
+) -> Int[Array, "prompts new"]:  # fmt: skip
     """The tokens; those after a stop are 0."""
     model = nnx.merge(graph, params)
     copies = _copies(sampling)
     rows = batch.tokens.shape[0] // copies
     next_token = _sampler(model, plan, sampling, rows, parallel)
-    hidden, cache = prefill(model, batch, capacity, parallel)
+    shared = None if prefix is None else prefill_shared(model, prefix, parallel)
+    hidden, cache = prefill(model, batch, capacity, parallel, shared)
 
     def write(state: Loop, hidden: Float[Array, "C D"], cache) -> Loop:
         token = jnp.where(state.done, 0, next_token(hidden, state.step, state.seen))
@@ -146,7 +161,10 @@ def _run(
         last = lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
         new = jnp.repeat(last, copies, axis=0)
         modality = jnp.full(new.shape, plan.codes_per_frame > 0)
-        hidden, cache = model.decode(new, modality, state.cache.lengths[:, None], state.cache, parallel=parallel)
+        positions = after(shared, state.cache.lengths[:, None])
+        hidden, cache = model.decode(
+            new, modality, positions, state.cache, parallel=parallel, prefix=None if shared is None else shared.prefix
+        )
         return write(state, hidden[:, 0], cache)
 
     none = jnp.zeros((rows, plan.new), jnp.int32)

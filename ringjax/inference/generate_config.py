@@ -8,6 +8,7 @@ from ringjax.data.pictures import Fit
 from ringjax.inference import lwm_prompts
 from ringjax.inference.pictures_out import check_name
 from ringjax.inference.sampling import Sampling
+from ringjax.models.cache import CacheType
 
 TEXT_TOKENS, STREAM_TOKENS = 64, 1024
 
@@ -53,6 +54,8 @@ class GenerateConfig:
     """Tokens of the prompt and of what was written become less likely above 1."""
     stop: str | None = None
     """Published models: text that ends the answer; it is not printed."""
+    cache: CacheType | None = None
+    """Published models of text: int8 keeps keys and values in half of bfloat16's memory, a little less exact."""
     stop_tokens: tuple[str, ...] = ()
     """Special tokens that end the answer too, such as <|im_end|>; the option may be repeated."""
     guidance: float | None = None

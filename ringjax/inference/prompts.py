@@ -20,7 +20,8 @@ class PromptBatch(NamedTuple):
 
     tokens: Int[np.ndarray, "B T"]
     modality: Bool[np.ndarray, "B T"]
-    ahead: Int[np.ndarray, "B T"]
+    ahead: Int[np.ndarray, "B T"] | None
+    """Tokens after its own that a token sees; None: nobody looks ahead."""
     lengths: Int[np.ndarray, " B"]
 
     @property
@@ -76,7 +77,7 @@ def batch_prompts(prompts: Sequence[Example], new: int, parallel: Parallel) -> t
     batch = PromptBatch(
         tokens=np.zeros((len(prompts), length), np.int32),
         modality=np.zeros((len(prompts), length), bool),
-        ahead=np.zeros((len(prompts), length), np.int32),
+        ahead=None if all(p.ahead is None for p in prompts) else np.zeros((len(prompts), length), np.int32),
         lengths=np.array([len(prompt) for prompt in prompts], np.int32),
     )
     for row, prompt in enumerate(prompts):

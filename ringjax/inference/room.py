@@ -83,7 +83,7 @@ def require_room(
     )
 
 
-def comfortable(config: ModelConfig, parallel: Parallel) -> int | None:
+def comfortable(config: ModelConfig, parallel: Parallel, cache_type: CacheType | None = None) -> int | None:
     """Tokens of a conversation that fit however it grows: a cache is copied into a larger one, two are there then.
 
     None: the memory is not known, or a window keeps the cache short anyway.
@@ -92,7 +92,7 @@ def comfortable(config: ModelConfig, parallel: Parallel) -> int | None:
     if memory is None or config.window is not None:
         return None
     step = _MULTIPLE * parallel.ring_size
-    return tokens_that_fit(config, 1, parallel, memory) // 2 // step * step
+    return tokens_that_fit(config, 1, parallel, memory, cache_type) // 2 // step * step
 
 
 def memory_now(parallel: Parallel) -> Memory | None:

@@ -14,6 +14,7 @@ from ringjax.inference.stop_tokens import stop_token_ids
 from ringjax.inference.streaming import stream_text
 from ringjax.inference.vocabulary import Vocabulary
 from ringjax.interop.published import Published, open_published
+from ringjax.models.cache import CacheType
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer, for_decoding
 
@@ -59,7 +60,9 @@ class TextModel:
         stops = published.description.eos_ids
         return cls(model, vocabulary, found, stops, published.description.context, parallel)
 
-    def session(self, capacity: int | None = None, *, option: str = "--context") -> Session:
+    def session(
+        self, capacity: int | None = None, *, option: str = "--context", cache_type: CacheType | None = None
+    ) -> Session:
         """An empty cache with room for at least so many tokens (None: the model's context, or what of it fits well).
 
         Raises ValueError for a cache that does not fit into memory, saying what would; `option` is how people ask
@@ -67,9 +70,10 @@ class TextModel:
         """
         step = 2 * self.parallel.ring_size  # what every layout can cut
         if capacity is None:
-            fits = room.comfortable(self.model.config, self.parallel)
+            fits = room.comfortable(self.model.config, self.parallel, cache_type)
             capacity = self.context if fits is None else max(step, min(self.context, fits))
-        return Session(self.model, -(-capacity // step) * step, self.parallel, option=option)
+        capacity = -(-capacity // step) * step
+        return Session(self.model, capacity, self.parallel, option=option, cache_type=cache_type)
 
     def write(
         self,

@@ -7,6 +7,7 @@ import pytest
 from ringjax.data.example import Example
 from ringjax.inference import Sampling, append_text, generate_frames, generate_text, text_prompt
 from ringjax.inference.generate import Plan, _generate
+from ringjax.inference.prompts import _joined
 from ringjax.inference.sampling import guide, sample
 from ringjax.models import Parallel
 from tests.inference.small import LONGEST, logits_at, parallel, small_model
@@ -151,3 +152,23 @@ def test_wrong_calls_say_so():
         generate_frames(text_only, prompts()[:1], codes_per_frame=CODES)
     with pytest.raises(ValueError, match="guidance 2.0 needs as many unconditional prompts as prompts"):
         generate_frames(model, prompts()[:2], codes_per_frame=CODES, sampling=Sampling(guidance=2.0))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0, repetition_penalty=1.5)])
+@pytest.mark.parametrize("axes, layout", [(None, "striped"), ((2, 1, 2, 2), "zigzag")])
+def test_a_shared_prefix_is_as_if_each_had_it(axes, layout, sampling):
+    """With a picture in it."""
+    model, rows = small_model(), prompts()
+    prefix = rows[1]
+    whole = [_joined(prefix, row) for row in rows]
+    expected = generate_text(model, whole, max_new_tokens=NEW, sampling=sampling)
+    options = {} if axes is None else dict(parallel=parallel(axes, layout))
+    found = generate_text(model, rows, prefix=prefix, max_new_tokens=NEW, sampling=sampling, **options)
+    assert [x.tolist() for x in found] == [x.tolist() for x in expected]
+    without = generate_text(model, rows, max_new_tokens=NEW, sampling=sampling)
+    assert [x.tolist() for x in without] != [x.tolist() for x in expected]
+
+
+def test_a_shared_prefix_refuses_guidance():
+    with pytest.raises(NotImplementedError, match="a shared prefix and guidance 2"):
+        generate_text(small_model(), prompts(), prefix=prompts()[0], max_new_tokens=1, sampling=Sampling(guidance=2.0))
