@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
+from ringjax.inference.on_mesh import OnMesh
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.session import Session
 from ringjax.inference.text_model import TextModel
@@ -15,7 +16,7 @@ HELP = "/reset begins anew, /exit (or Ctrl-D) ends"
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(OnMesh):
     """Talk to a published model; the conversation stays in its cache from turn to turn."""
 
     model: str
@@ -50,6 +51,7 @@ class ChatConfig:
     """Of the random numbers."""
 
     def __post_init__(self):
+        self.check_mesh()
         for name in ("context", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -71,7 +73,7 @@ def run_chat(
 ) -> None:
     """Answers each of `lines` (None: what people type) until they end, or `/exit`."""
     write = write or _write
-    model = TextModel.load(config.model, dtype=config.dtype, template=config.template)
+    model = TextModel.load(config.model, parallel=config.parallel(), dtype=config.dtype, template=config.template)
     model.chat_ids([{"role": "user", "content": ""}])  # whether it can chat at all, before anybody types
     model.stops_of(config.stop_tokens)
     session = model.session(config.context, cache_type=config.cache)

@@ -55,7 +55,7 @@ def _see(config: GenerateConfig, write: Write) -> None:
             raise NotImplementedError(
                 f"{path} is a clip, and {config.run_dir} {away}: give its frames one by one, --image for each"
             )
-    model = LlavaModel.load(config.run_dir)
+    model = LlavaModel.load(config.run_dir, parallel=config.parallel())
     options = dict(max_new_tokens=config.new_tokens, sampling=config.sampling())
     write(model.answer(config.image, config.text(), **options) + "\n")
 
@@ -70,7 +70,9 @@ def _run(config: GenerateConfig, write: Write) -> None:
         )
     if config.cache is not None:
         raise NotImplementedError(f"--cache {config.cache} is for published models of text; leave it out")
-    options = dict(image_tokenizer=config.image_tokenizer, prompt_form=config.prompt_form)
+    options = dict(
+        image_tokenizer=config.image_tokenizer, prompt_form=config.prompt_form, parallel=config.parallel()
+    )  # fmt: skip
     if Path(config.run_dir).suffix == SUFFIX:
         stream = dict(tokenizer=config.tokenizer, rope_theta=config.rope_theta, heads=config.heads)
         run = load_stream(config.run_dir, **stream, **options)
@@ -89,7 +91,7 @@ def _continue(config: GenerateConfig, write: Write) -> None:
     _refuse(config, ("image", "draw", "interleaved", "image_tokenizer"), away)
     _refuse(config, _OF_STREAMS, "is no LWM stream and has its own")
     prompt, lwm = config.text(), config.prompt_form == "lwm"
-    model = TextModel.load(config.run_dir, template="lwm" if lwm else None)
+    model = TextModel.load(config.run_dir, parallel=config.parallel(), template="lwm" if lwm else None)
     ids = model.chat_ids([{"role": "user", "content": prompt}]) if lwm else model.vocabulary.prompt(prompt)
     if not ids:
         raise ValueError("the prompt has no tokens; give some words")

@@ -6,6 +6,7 @@ from typing import Literal
 
 from ringjax.data.pictures import Fit
 from ringjax.inference import lwm_prompts
+from ringjax.inference.on_mesh import OnMesh
 from ringjax.inference.pictures_out import check_name
 from ringjax.inference.sampling import Sampling
 from ringjax.models.cache import CacheType
@@ -14,7 +15,7 @@ TEXT_TOKENS, STREAM_TOKENS = 64, 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(OnMesh):
     """Go on with a text, answer about pictures (--image), draw (--draw), or write text and pictures (--interleaved)."""
 
     run_dir: str
@@ -78,6 +79,7 @@ class GenerateConfig:
     """LWM streams of another size than LWM's: query heads."""
 
     def __post_init__(self):
+        self.check_mesh()
         self._check_task()
         if self.prompt and self.prompt_file is not None:
             raise ValueError("prompt and prompt_file both say how to begin; give one of them")

@@ -235,3 +235,21 @@ def test_generate_streams(folder):
     shown = []
     run_generate(GenerateConfig(str(folder), "Once", max_new_tokens=8, temperature=1.0), shown.append)
     assert shown[0] == "Once" and len(shown) > 3 and shown[-1] == "\n"
+
+
+@pytest.mark.parametrize("mesh, layout", [("1,1,1,8", "striped"), ("1,1,2,4", "zigzag")])
+def test_a_mesh_changes_no_answer(folder, mesh, layout):
+    """The commands' own option: weights and cache cut over devices."""
+    lines, options = ("hello there", "and again"), dict(temperature=0.0, context=128)
+    assert talk(folder, *lines, mesh=mesh, layout=layout, **options) == talk(folder, *lines, **options)
+    shown = [[], []]
+    for said, where in zip(shown, ({}, {"mesh": mesh, "layout": layout})):
+        run_generate(GenerateConfig(str(folder), "Once", max_new_tokens=8, temperature=0.0, **where), said.append)
+    assert "".join(shown[0]) == "".join(shown[1])
+
+
+def test_a_mesh_that_is_none():
+    with pytest.raises(ValueError, match="mesh shape '1,8' must be four numbers"):
+        ChatConfig("model", mesh="1,8")
+    with pytest.raises(ValueError, match="simulated_devices -1 must be 0 or more"):
+        GenerateConfig("model", "words", simulated_devices=-1)
