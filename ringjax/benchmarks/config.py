@@ -153,8 +153,8 @@ class GenerateBench:
     """Tokens of the prompts that are read, the longest last."""
     contexts: tuple[int, ...] = (8192, 32768, 131072)
     """Tokens in the cache when tokens are written; the longest prompt must hold them."""
-    new_tokens: int = 32
-    """Tokens that are written and timed."""
+    new_tokens: int = 65
+    """Tokens that are written; all but the first are timed."""
     repeats: int = 3
     """Timed runs of each."""
     splits: tuple[int, ...] = ()

@@ -109,7 +109,7 @@ def _one_model(config: GenerateBench, size: str, done, say) -> None:
         read()
         done(result("prefill", length, [_seconds(read) for _ in range(config.repeats)]))
     for context in sorted(config.contexts, reverse=True):
-        _write(session, context, 3)
+        _write(session, context, config.new_tokens)
         done(result("token", context, [_write(session, context, config.new_tokens) for _ in range(config.repeats)]))
 
 

@@ -29,6 +29,8 @@ _ONE_DEVICE = Parallel()
 CHUNK, CPU_CHUNK, SMALLEST = 32768, 512, 8
 # Slots of a device's share come in so many: the kernels' copies take no other number.
 ROOM_MULTIPLE = 8
+# Tokens that an accelerator writes between two words with the host; on CPUs the host does the work anyway.
+BURST = 8
 # A first chunk this long goes through ring attention.
 RING_FROM = 64
 # The cache begins with room for so many tokens and grows as it fills: where no kernel skips what is empty, a token
@@ -62,7 +64,7 @@ class Session:
         self.ids: list[int] = []
         self._vocab_size = model.config.vocab_size
         self._dropped = 0  # tokens that a window has left behind and the cache has no more
-        self._lead = 0 if on_cpu else 1
+        self._lead, self._burst = (0, 1) if on_cpu else (1, BURST)
         graph, params = nnx.split(for_decoding(model))
         params = params if parallel.mesh is None else jax.device_put(params, parallel.param_shardings(params))
         # As a list: to take hundreds of variables apart for every token takes longer than the token.
@@ -118,18 +120,37 @@ class Session:
         stops = frozenset(int(i) for i in stop_ids)
         most = min(max_new_tokens, self.capacity - len(self.ids) - (len(ids) - whole) + 1)
         seen = self._seen(ids[whole:]) if sampling.repetition_penalty != 1 else None
-        token = self._advance(ids[whole:], sampling, seen)
+        tokens = self._advance(ids[whole:], sampling, seen)
         self.ids += [int(i) for i in ids[whole:]]
-        for index in range(most):
-            seen = None if seen is None else _with_token(seen, token)
-            # From the device to the device: the next step does not wait for the host to see the token.
-            ahead = self._advance(token, sampling, seen) if self._lead and index + 1 < most else None
-            value = token.item()
-            yield value
-            if value in stops or index + 1 == most:
+        while True:
+            place, left = len(self.ids) + tokens.shape[1] - 1, most - tokens.shape[1]
+            more = functools.partial(self._write, tokens, place, sampling, seen)
+            # From the device to the device: the next step does not wait for the host to see the tokens.
+            ahead = more() if self._lead and left > 0 else None
+            *read, last = np.asarray(tokens)[0].tolist()
+            for value in read:  # the device has read these already
+                yield value
+                most -= 1
+                if value in stops or most == 0:
+                    return
+                self.ids.append(value)
+            yield last
+            most -= 1
+            if last in stops or most == 0:
                 return
-            token = self._advance(token, sampling, seen) if ahead is None else ahead
-            self.ids.append(value)
+            tokens, seen = more() if ahead is None else ahead
+            self.ids.append(last)
+
+    def _write(self, tokens: jax.Array, place: int, sampling: Sampling, seen: jax.Array | None):
+        """The tokens `[1, n]` after the last of `tokens`, which stands at `place`; and `seen` with what was read."""
+        room = self._room - (place - self._dropped)
+        count = self._burst if self._window is None and room >= self._burst else 1
+        self._make_room(place, count)
+        numbers = np.array([place, place - self._dropped], np.int32)
+        tokens, self._cache, seen = _burst(
+            self._shape, sampling, count, self._params, self._cache, tokens, numbers, seen
+        )
+        return tokens, seen
 
     def _seen(self, more: Sequence[int]) -> jax.Array:
         """`[1, V]`: the tokens so far and `more`, which a repetition penalty is for."""
@@ -144,10 +165,10 @@ class Session:
                 " with --context, or begin anew"
             )
 
-    def _advance(self, ids: Sequence[int] | jax.Array, sampling: Sampling, seen: jax.Array | None = None) -> jax.Array:
+    def _advance(self, ids: Sequence[int], sampling: Sampling, seen: jax.Array | None = None) -> jax.Array:
         """Reads tokens after `self.ids`, which it leaves to the caller; gives the next one, `[1, 1]`."""
         count = len(ids)
-        self._make_room(count)
+        self._make_room(len(self.ids), count)
         start, kept = len(self.ids), len(self.ids) - self._dropped
         numbers = np.array([start, kept, count], np.int32)
         if not self.ids and count >= RING_FROM and self._ring:
@@ -157,7 +178,7 @@ class Session:
             self._cache = None  # its memory serves the new one
             token, self._cache = _prefill(self._shape, sampling, capacity, self._params, tokens, numbers, seen)
             return token
-        tokens = ids if isinstance(ids, jax.Array) else _padded(ids, self._size(count))
+        tokens = _padded(ids, self._size(count))
         token, self._cache = _step(self._shape, sampling, self._params, self._cache, tokens, numbers, seen)
         return token
 
@@ -167,12 +188,13 @@ class Session:
         if self._cache.capacity < needed:
             self._cache = _grown(self._cache, min(self._room, self._size(needed)), self.parallel)
 
-    def _make_room(self, count: int) -> None:
-        """A larger cache up to the most; then what a window has left behind goes."""
-        self.reserve(count)
-        if len(self.ids) - self._dropped + count > self._room:
+    def _make_room(self, start: int, count: int) -> None:
+        """Space for tokens after the first `start`: a larger cache up to the most; then what a window has left behind
+        goes."""
+        self.reserve(start - len(self.ids) + count)
+        if start - self._dropped + count > self._room:
             ring_size = self.parallel.ring_size
-            gone = (len(self.ids) - self._dropped - self._sinks - (self._window - 1)) // ring_size * ring_size
+            gone = (start - self._dropped - self._sinks - (self._window - 1)) // ring_size * ring_size
             self._cache = _without(self._cache, self._sinks, gone, parallel=self.parallel)
             self._dropped += gone
 
@@ -243,14 +265,28 @@ def _prefill(shape: _Shape, sampling: Sampling, capacity: int, params, tokens, n
     return _drawn(model, last, count, sampling, seen), cache
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 7))
+def _burst(shape: _Shape, sampling: Sampling, count: int, params, cache: KVCache, tokens, numbers, seen):
+    """`count` tokens `[1, count]` after the last of `tokens`, which stands at `place` and follows the `kept` ones in
+    the cache; the cache; and `seen` with the tokens that were read."""
+    model, (place, kept) = shape.model(params), numbers
+
+    def write(index, state):
+        token, cache, seen, written = state
+        seen = None if seen is None else seen.at[0, token[0, 0]].set(True)
+        position = jnp.reshape(place + index, (1, 1))
+        hidden, cache = model.decode(token, jnp.zeros((1, 1), bool), position, cache, parallel=shape.parallel)
+        token = _drawn(model, hidden[:, 0], place + index + 1, sampling, seen)
+        return token, cache, seen, jax.lax.dynamic_update_slice(written, token, (0, index))
+
+    state = tokens[:, -1:], cache._replace(lengths=kept[None]), seen, jnp.zeros((1, count), jnp.int32)
+    _, cache, seen, written = jax.lax.fori_loop(0, count, write, state)
+    return written, cache, seen
+
+
 def _drawn(model: Transformer, last, place, sampling: Sampling, seen) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(sampling.seed), place)
     return sample(model.text_logits(last), key[None], sampling, seen)[None]
-
-
-@jax.jit
-def _with_token(seen, token):
-    return seen.at[0, token].set(True)
 
 
 def _rounded(count: int, multiple: int) -> int:

@@ -128,12 +128,26 @@ def test_an_int8_cache(model, monkeypatch, axes, layout):
 
 
 @pytest.mark.parametrize("lead", [0, 1])
-def test_a_step_ahead_changes_nothing(model, expected, lead):
+@pytest.mark.parametrize("burst", [1, 3])
+def test_steps_ahead_and_several_at_once_change_nothing(model, expected, lead, burst):
+    """Where it stops, where the cache ends, and where somebody stops listening in the middle."""
     session = Session(model, 40)
-    session._lead = lead
+    session._lead, session._burst = lead, burst
     assert tokens(session, stop_ids=[expected[2]]) == expected[: expected.index(expected[2]) + 1]
     session.rewind(0)
     assert tokens(session) == expected[:4] and len(session.ids) == 40
+    long = Session(model, 64)
+    long._lead, long._burst = lead, burst
+    drawn = Sampling(temperature=1.0, seed=5)
+    for count in (1, 2, 4, 5, 12):
+        assert tokens(long, count=count) == expected[:count] and long.ids == PROMPT + expected[: count - 1]
+        long.rewind(0)
+    whole = tokens(Session(model, 64), sampling=drawn)
+    listening = long.generate(PROMPT, max_new_tokens=12, sampling=drawn)
+    heard = [next(listening) for _ in range(5)]
+    listening.close()
+    assert heard == whole[:5] and long.ids == PROMPT + heard[:4]
+    assert tokens(long, heard[4:], 7, sampling=drawn) == whole[5:]
 
 
 @pytest.mark.parametrize("axes", [None, (1, 1, 2, 4)])
