@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from ringjax.attention.kernels.base import Score, product
+from ringjax.attention.kernels.reference import exponentials
 from ringjax.attention.merge import Partial
 
 LARGEST = 127
@@ -46,12 +47,8 @@ def forward(
     slot = jnp.arange(k.shape[1], dtype=jnp.int32)
     lo, hi = (rearrange(x, "b t -> b 1 1 t 1") for x in (lo, hi))
     visible = (slot >= lo) & (slot < hi)
-    peak = jnp.max(scores, axis=-1, initial=jnp.finfo(scores.dtype).min, where=visible)
-    weights = jnp.where(visible, jnp.exp(scores - peak[..., None]), 0)
-    total = weights.sum(-1)
-    seen = total > 0
-    lse = jnp.where(seen, peak + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
-    weights = weights * per_key(v_scale) / jnp.where(seen, total, 1)[..., None]
+    weights, total, lse = exponentials(scores, visible)
+    weights = weights * per_key(v_scale) / total[..., None]
     out = product("bkgts,bskh->btkgh", weights.astype(q.dtype), v.astype(q.dtype))
     return Partial(rearrange(out, "b t k g h -> b t (k g) h"), rearrange(lse, "b k g t -> b (k g) t"))
 

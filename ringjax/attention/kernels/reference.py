@@ -24,13 +24,9 @@ def forward(
         s = score(q · k);  lse = log Σ exp(s);  out = Σ exp(s − lse) v
     """
     scores, visible = _scores(q, k, lo, hi, score)
-    peak = jnp.max(scores, axis=-1, initial=jnp.finfo(scores.dtype).min, where=visible)
-    weights = jnp.where(visible, jnp.exp(scores - peak[..., None]), 0)
-    total = weights.sum(-1)
-    seen = total > 0
-    lse = jnp.where(seen, peak + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
+    weights, total, lse = exponentials(scores, visible)
     summed = product("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
-    out = summed / rearrange(jnp.where(seen, total, 1), "b k g t -> b t k g 1")
+    out = summed / rearrange(total, "b k g t -> b t k g 1")
     return Partial(rearrange(out, "b t k g h -> b t (k g) h"), rearrange(lse, "b k g t -> b (k g) t"))
 
 
@@ -63,6 +59,16 @@ def backward(
         product("bkgts,btkgh->bskh", ds, q),
         product("bkgts,btkgh->bskh", p.astype(dout.dtype), dout),
     )
+
+
+def exponentials(scores: Float[Array, "*rows S"], visible: Bool[Array, "*rows S"]):
+    """Of the visible scores less their largest, 0 for the others; their sum (1 where nothing is seen); and the lse."""
+    peak = jnp.max(scores, axis=-1, initial=jnp.finfo(scores.dtype).min, where=visible)
+    weights = jnp.where(visible, jnp.exp(scores - peak[..., None]), 0)
+    total = weights.sum(-1)
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    return weights, total, jnp.where(seen, peak + jnp.log(total), -jnp.inf)
 
 
 def _scores(q, k, lo, hi, score: Score) -> tuple[Float[Array, "B K G T S"], Bool[Array, "B 1 1 T S"]]:
