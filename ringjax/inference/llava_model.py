@@ -16,6 +16,7 @@ from ringjax.attention import Reach, layouts
 from ringjax.data.pictures import flatten, open_picture
 from ringjax.inference.prompts import PromptBatch, batch_prompts, text_prompt
 from ringjax.inference.sampling import Sampling, sample
+from ringjax.inference.session import Session
 from ringjax.inference.vocabulary import Vocabulary
 from ringjax.interop.llava import load_llava, read_folder_preprocessing, read_llava
 from ringjax.interop.published import Published
@@ -113,16 +114,15 @@ class LlavaModel:
         check_images(batch.tokens, self.model.config, [len(pixels)] * rows)
         index = feature_index(batch.tokens, self.model.config.image_token)
         graph, params = nnx.split(self.model)
-        static = dict(graph=graph, sampling=sampling, parallel=self.parallel)
         pictures = np.stack([np.stack(pixels)] * rows) if pixels else None
-        token, cache = _prefill(params, batch, index, pictures, capacity=capacity, **static)
-        found: list[int] = []
-        while int(token[0]) not in self.stop_ids:
-            found.append(int(token[0]))
-            if len(found) == new:
-                break
-            token, cache = _step(params, token, cache, **static)
-        return found
+        token, cache = _prefill(
+            params, batch, index, pictures, graph=graph, capacity=capacity, sampling=sampling, parallel=self.parallel
+        )
+        session = Session(self.model.language, capacity, self.parallel)
+        found = list(session.adopt(
+            ids, cache, token, max_new_tokens=new, stop_ids=self.stop_ids, sampling=sampling
+        ))  # fmt: skip
+        return found[:-1] if found[-1] in self.stop_ids else found
 
 
 def read_picture(image: Picture, place: int = 0) -> UInt8[np.ndarray, "H W 3"]:
@@ -144,8 +144,8 @@ def _not_loaded(*_):
 def _prefill(
     params, batch: PromptBatch, index: Int[Array, "B T"], pixels: Float[Array, "B I H W C"] | None, *, graph,
     capacity: int, sampling: Sampling, parallel: Parallel,
-) -> tuple[Int[Array, " B"], KVCache]:  # fmt: skip
-    """The first token of each row, and the cache."""
+) -> tuple[Int[Array, "1 1"], KVCache]:  # fmt: skip
+    """The first token of a row (all are one), and its cache."""
     model, order = nnx.merge(graph, params), layouts.get(parallel.layout)
     place = jnp.broadcast_to(jnp.arange(batch.size, dtype=jnp.int32), batch.tokens.shape)
     in_order = batch.tokens, batch.modality, place, index
@@ -158,21 +158,7 @@ def _prefill(
     )  # fmt: skip
     at_end = positions == batch.lengths[:, None] - 1
     last = jnp.sum(jnp.where(at_end[..., None], hidden, 0), axis=1)
-    return _sampled(model, last, cache, sampling), cache
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "sampling", "parallel"), donate_argnames="cache")
-def _step(params, token: Int[Array, " B"], cache: KVCache, *, graph, sampling: Sampling, parallel: Parallel):
-    """The token after `token`, which comes into the cache."""
-    model = nnx.merge(graph, params)
-    new = token[:, None]
-    hidden, cache = model.language.decode(
-        new, jnp.zeros(new.shape, bool), cache.lengths[:, None], cache, parallel=parallel
-    )
-    return _sampled(model, hidden[:, 0], cache, sampling), cache
-
-
-def _sampled(model: Llava, hidden: Float[Array, "B D"], cache: KVCache, sampling: Sampling) -> Int[Array, " B"]:
-    """All rows are one, so all have the same random numbers; they depend on the seed and the place."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), cache.lengths)
-    return sample(model.language.text_logits(hidden), keys, sampling)
+    cache = cache.with_arrays((x[:, :1] for x in cache.arrays), cache.lengths[:1])
+    # The place of the token, as in a session: answers depend on the seed and nothing else.
+    key = jax.random.fold_in(jax.random.key(sampling.seed), cache.lengths[0])
+    return sample(model.language.text_logits(last[:1]), key[None], sampling)[None], cache

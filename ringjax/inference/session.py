@@ -122,6 +122,21 @@ class Session:
         seen = self._seen(ids[whole:]) if sampling.repetition_penalty != 1 else None
         tokens = self._advance(ids[whole:], sampling, seen)
         self.ids += [int(i) for i in ids[whole:]]
+        yield from self._go_on(tokens, most, stops, sampling, seen)
+
+    def adopt(
+        self, ids: Sequence[int], cache: KVCache, token: jax.Array, *, max_new_tokens: int,
+        stop_ids: Sequence[int] = (), sampling: Sampling,
+    ) -> Iterator[int]:  # fmt: skip
+        """As `generate`, where somebody else has filled a `cache` of one row with `ids` (pictures, say) and found the
+        first token `[1, 1]` after them."""
+        self.ids, self._dropped, self._cache = [int(i) for i in ids], 0, cache
+        most = min(max_new_tokens, self.capacity - len(ids) + 1)
+        seen = self._seen([]) if sampling.repetition_penalty != 1 else None
+        yield from self._go_on(token, most, frozenset(int(i) for i in stop_ids), sampling, seen)
+
+    def _go_on(self, tokens: jax.Array, most: int, stops: frozenset, sampling: Sampling, seen) -> Iterator[int]:
+        """`tokens` `[1, n]` and those after them."""
         while True:
             place, left = len(self.ids) + tokens.shape[1] - 1, most - tokens.shape[1]
             more = functools.partial(self._write, tokens, place, sampling, seen)
@@ -141,17 +156,6 @@ class Session:
             tokens, seen = more() if ahead is None else ahead
             self.ids.append(last)
 
-    def _write(self, tokens: jax.Array, place: int, sampling: Sampling, seen: jax.Array | None):
-        """The tokens `[1, n]` after the last of `tokens`, which stands at `place`; and `seen` with what was read."""
-        room = self._room - (place - self._dropped)
-        count = self._burst if self._window is None and room >= self._burst else 1
-        self._make_room(place, count)
-        numbers = np.array([place, place - self._dropped], np.int32)
-        tokens, self._cache, seen = _burst(
-            self._shape, sampling, count, self._params, self._cache, tokens, numbers, seen
-        )
-        return tokens, seen
-
     def _seen(self, more: Sequence[int]) -> jax.Array:
         """`[1, V]`: the tokens so far and `more`, which a repetition penalty is for."""
         seen = np.zeros((1, self._vocab_size), bool)
@@ -164,6 +168,17 @@ class Session:
                 f"{count} tokens after the {len(self.ids)} in the cache do not fit its {self.capacity}; ask for more"
                 " with --context, or begin anew"
             )
+
+    def _write(self, tokens: jax.Array, place: int, sampling: Sampling, seen: jax.Array | None):
+        """The tokens `[1, n]` after the last of `tokens`, which stands at `place`; and `seen` with what was read."""
+        room = self._room - (place - self._dropped)
+        count = self._burst if self._window is None and room >= self._burst else 1
+        self._make_room(place, count)
+        numbers = np.array([place, place - self._dropped], np.int32)
+        tokens, self._cache, seen = _burst(
+            self._shape, sampling, count, self._params, self._cache, tokens, numbers, seen
+        )
+        return tokens, seen
 
     def _advance(self, ids: Sequence[int], sampling: Sampling, seen: jax.Array | None = None) -> jax.Array:
         """Reads tokens after `self.ids`, which it leaves to the caller; gives the next one, `[1, 1]`."""
