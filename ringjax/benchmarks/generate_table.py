@@ -53,7 +53,11 @@ def plot_splits(splits: Sequence[Split], path: Path, title: str) -> None:
             points = [(s.context, 1e6 * getattr(s, name)) for s in own if getattr(s, name) is not None]
             if points:
                 axes.plot(*zip(*points), marker="o", markersize=4, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="µs a token and layer", title=size)
+        axes.set(yscale="log", xlabel="tokens in the cache", ylabel="µs a token and layer", title=size)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([split.context for split in own], [f"{split.context / 1024:g}K" for split in own])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title, fontsize=9)
