@@ -43,6 +43,7 @@ def plot_splits(splits: Sequence[Split], path: Path, title: str) -> None:
     """Time of one layer's attention against context."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     sizes = list(dict.fromkeys(split.size for split in splits))
     figure = Figure(figsize=(1.5 + 4.5 * len(sizes), 4), dpi=120, layout="constrained")
@@ -57,6 +58,7 @@ def plot_splits(splits: Sequence[Split], path: Path, title: str) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks([split.context for split in own], [f"{split.context / 1024:g}K" for split in own])
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
