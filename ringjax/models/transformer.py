@@ -89,9 +89,9 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], rope: "Rotations", reach: Reach | None, parallel: Parallel,
-        prefix: Prefix | None = None,
+        prefix: Prefix | None = None, layer: Int[Array, ""] | int = 0,
     ):  # fmt: skip
-        """The block's output, and its keys (rotated) and values."""
+        """The block's output, and its keys (rotated) and values; `layer` is its place in the `prefix`."""
         config = self.config
         with jax.named_scope("attention"):
             q, k, v, q_sinks = self.attention.project(self.attention_norm(x), rope, parallel)
@@ -104,7 +104,7 @@ class Block(nnx.Module):
                 if prefix is None:
                     attended = with_sinks(*seen, q_sinks, k, v, rope.positions, config=config, parallel=parallel)
                 else:
-                    attended = with_prefix(*seen, q, prefix, softcap=config.softcap, parallel=parallel)
+                    attended = with_prefix(*seen, q, prefix, layer, softcap=config.softcap, parallel=parallel)
             x = checkpoint_name(x + self.attention.output(attended, parallel), "attended_stream")
         return self._feed(x, parallel), (k, v)
 
@@ -121,8 +121,7 @@ class Block(nnx.Module):
                 sinks=config.sinks, q_sinks=q_sinks,
             )  # fmt: skip
             if prefix is not None:
-                own = prefix.layer(layer)
-                attended = with_prefix(attended, lse, q, own, softcap=config.softcap, parallel=parallel)
+                attended = with_prefix(attended, lse, q, prefix, layer, softcap=config.softcap, parallel=parallel)
             x = x + self.attention.output(attended, parallel)
         return self._feed(x, parallel), cache
 
@@ -255,19 +254,20 @@ class Transformer(nnx.Module):
         rope = Rotations.of(positions, self.config)
         x = self._embed(tokens, modality, parallel, features)
 
-        def attend(block, x, prefix=None):
-            x, (k, v) = block(x, rope, reach, parallel, prefix)
+        def attend(block, x, layer):
+            x, (k, v) = block(x, rope, reach, parallel, prefix, layer)
             return x, keep(k, v)
 
         if not isinstance(self.h, Block):
-            return _one_by_one(attend, x, self.h, prefix)
+            return _one_by_one(attend, x, self.h)
         graph, blocks = nnx.split(self.h)
         unroll = min(self.config.unroll, self.config.layers)
         block = rematerialise(
             lambda x, layer: attend(nnx.merge(graph, layer[0]), x, layer[1]), self.config.remat, parallel,
             unrolled=unroll > 1,
         )  # fmt: skip
-        return lax.scan(block, x, (blocks, prefix), unroll=unroll)
+        index = None if prefix is None else jnp.arange(self.config.layers, dtype=jnp.int32)
+        return lax.scan(block, x, (blocks, index), unroll=unroll)
 
     def _embed(self, tokens, modality, parallel: Parallel, features: Features | None = None) -> Float[Array, "B T D"]:
         if features is not None:  # what stands where a feature goes is no token of either table
@@ -292,11 +292,11 @@ def _checked(tokens, modality, positions):
     return jnp.asarray(tokens), jnp.asarray(modality), jnp.asarray(positions)
 
 
-def _one_by_one(attend, x, blocks, prefix: Prefix | None):
+def _one_by_one(attend, x, blocks):
     """A scan over blocks that are not stacked; what they keep is written where it stays, so that it exists once."""
     kept = None
     for layer, block in enumerate(blocks):
-        x, new = attend(block, x, None if prefix is None else prefix.layer(layer))
+        x, new = attend(block, x, jnp.int32(layer))
         if layer == 0:
             kept = jax.tree.map(lambda y: jnp.zeros((len(blocks), *y.shape), y.dtype), new)
         kept = jax.tree.map(lambda whole, y: whole.at[layer].set(y), kept, new)  # noqa: B023
