@@ -275,16 +275,14 @@ def _read_options(kind, arguments: list[str], command: str, positional: dict[str
 def _eval(arguments: list[str]) -> int:
     from ringjax.evaluation.eval_command import KINDS, run_eval
 
-    if not arguments or arguments[0] not in KINDS:
-        if arguments and arguments[0] not in ("-h", "--help"):
-            raise UsageError(f"unknown evaluation {arguments[0]!r}; {_nearest(arguments[0], KINDS)}")
-        print(
-            "usage: ringjax eval needle MODEL [--lengths T …] [--depths P …] [--method M …] …\n"
-            "       ringjax eval ruler MODEL [--tasks NAME …] …\n"
-            "       ringjax eval perplexity MODEL [--lengths T …] …\n\n"
-            "Does a model read its context? --help after any of them lists its options."
-        )
-        return OK if arguments else USAGE
+    usage = (
+        "usage: ringjax eval needle MODEL [--lengths T …] [--depths P …] [--method M …] …\n"
+        "       ringjax eval ruler MODEL [--tasks NAME …] …\n"
+        "       ringjax eval perplexity MODEL [--lengths T …] …\n\n"
+        "Does a model read its context? --help after any of them lists its options."
+    )
+    if (code := _which("evaluation", KINDS, usage, arguments)) is not None:
+        return code
     name, kind = arguments[0], KINDS[arguments[0]]
     if any(argument in ("-h", "--help") for argument in arguments):
         _print_help(kind("MODEL"), f"ringjax eval {name} MODEL", kind.__doc__)
@@ -298,32 +296,53 @@ def _eval(arguments: list[str]) -> int:
 
 def _bench(arguments: list[str]) -> int:
     benches = {"attention": _bench_attention, "train": _bench_train, "generate": _bench_generate}
-    if not arguments or arguments[0] not in benches:
-        if arguments and arguments[0] not in ("-h", "--help"):
-            raise UsageError(f"unknown benchmark {arguments[0]!r}; {_nearest(arguments[0], benches)}")
-        print(
-            "usage: ringjax bench attention [--lengths T …] …\n"
-            "       ringjax bench train CONFIG [--section.key value …] [--bench.steps N] …\n"
-            "       ringjax bench generate [--sizes NAME …] [--contexts T …] …\n\n"
-            "Each checks what it times. --help after one lists its options."
-        )
-        return OK if arguments else USAGE
-    return benches[arguments[0]](arguments[1:])
+    usage = (
+        "usage: ringjax bench attention [--lengths T …] …\n"
+        "       ringjax bench train CONFIG [--section.key value …] [--bench.steps N] …\n"
+        "       ringjax bench generate [--sizes NAME …] [--contexts T …] …\n\n"
+        "Each checks what it times. --help after one lists its options."
+    )
+    code = _which("benchmark", benches, usage, arguments)
+    return benches[arguments[0]](arguments[1:]) if code is None else code
+
+
+def _which(what: str, kinds, usage: str, arguments: list[str]) -> int | None:
+    """None where the first argument is one of `kinds`, else the exit code after the usage was shown."""
+    if arguments and arguments[0] in kinds:
+        return None
+    if arguments and arguments[0] not in ("-h", "--help"):
+        raise UsageError(f"unknown {what} {arguments[0]!r}; {_nearest(arguments[0], kinds)}")
+    print(usage)
+    return OK if arguments else USAGE
 
 
 def _bench_attention(arguments: list[str]) -> int:
     from ringjax.benchmarks.config import AttentionBench
 
-    if any(argument in ("-h", "--help") for argument in arguments):
-        about = "Speed, memory and exposed communication of attention, each case checked before it is timed."
-        _print_help(AttentionBench(), "ringjax bench attention", about)
-    positional, pairs = split_lists(arguments)
-    if positional:
-        raise UsageError(f"ringjax bench attention takes only --options, not {' '.join(positional)}")
-    config = _read_lists(AttentionBench, pairs)
+    about = "Speed, memory and exposed communication of attention, each case checked before it is timed."
+    config = _bench_options("attention", AttentionBench, about, arguments)
     from ringjax.benchmarks.command import bench_attention
 
     return OK if bench_attention(config, ["bench", "attention", *arguments]) else FAILED
+
+
+def _bench_generate(arguments: list[str]) -> int:
+    from ringjax.benchmarks.config import GenerateBench
+
+    about = "Prompts read and tokens written by a model of random weights, beside what the memory allows."
+    config = _bench_options("generate", GenerateBench, about, arguments)
+    from ringjax.benchmarks.command import bench_generate
+
+    return OK if bench_generate(config, ["bench", "generate", *arguments]) else FAILED
+
+
+def _bench_options(name: str, kind, about: str, arguments: list[str]):
+    if any(argument in ("-h", "--help") for argument in arguments):
+        _print_help(kind(), f"ringjax bench {name}", about)
+    positional, pairs = split_lists(arguments)
+    if positional:
+        raise UsageError(f"ringjax bench {name} takes only --options, not {' '.join(positional)}")
+    return _read_lists(kind, pairs)
 
 
 def _bench_train(arguments: list[str]) -> int:
@@ -344,21 +363,6 @@ def _bench_train(arguments: list[str]) -> int:
     from ringjax.benchmarks.command import bench_train
 
     return OK if bench_train(run, config, ["bench", "train", *arguments]) else FAILED
-
-
-def _bench_generate(arguments: list[str]) -> int:
-    from ringjax.benchmarks.config import GenerateBench
-
-    if any(argument in ("-h", "--help") for argument in arguments):
-        about = "Prompts read and tokens written by a model of random weights, beside what the memory allows."
-        _print_help(GenerateBench(), "ringjax bench generate", about)
-    positional, pairs = split_lists(arguments)
-    if positional:
-        raise UsageError(f"ringjax bench generate takes only --options, not {' '.join(positional)}")
-    config = _read_lists(GenerateBench, pairs)
-    from ringjax.benchmarks.command import bench_generate
-
-    return OK if bench_generate(config, ["bench", "generate", *arguments]) else FAILED
 
 
 def _read_lists(kind, pairs: list[tuple[str, list[str]]], prefix: str = "--"):

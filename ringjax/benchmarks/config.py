@@ -180,6 +180,7 @@ class GenerateBench:
         for size in self.sizes:
             get_size(size)
         _at_least(self, new_tokens=2, repeats=1, simulated_devices=0, seed=0)
+        _require(self.chunk is None or self.chunk >= 1, f"chunk is {self.chunk}; it must be at least 1, or null")
         for name in ("prefill", "contexts", "splits"):
             least = min(getattr(self, name), default=2)
             _require(least >= 2, f"{name} has {least}; give 2 tokens or more")

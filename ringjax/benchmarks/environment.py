@@ -17,7 +17,10 @@ _PACKAGES = (
 )  # fmt: skip
 _SMI = ("driver_version", "memory.total", "clocks.max.sm", "power.limit")
 # Settings that change the numbers.
-_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_VARIABLES = (
+    "XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB",
+)  # fmt: skip
 
 
 def describe(arguments: list[str]) -> dict[str, Any]:

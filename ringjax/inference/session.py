@@ -56,6 +56,8 @@ class Session:
         option: str = "--context",
     ):
         layouts.get(parallel.layout).validate(capacity, parallel.ring_size)
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk {chunk} must be at least 1 token, or None for the session's own choice")
         on_cpu = target().platform == "cpu"
         self.parallel, self.capacity = parallel, capacity
         self.chunk = chunk or (CPU_CHUNK if on_cpu else CHUNK * parallel.ring_size)

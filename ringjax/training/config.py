@@ -218,11 +218,12 @@ class RunConfig:
         _require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must lie in [0, 2^31)")
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), f"stages must have different names, not {', '.join(names)}")
-        _require(
-            not any(stage.model.sinks for stage in self.stage_list),
-            "model.sinks is for inference: rows are packed in training, and sinks are the first tokens of a row;"
-            " train with a window alone",
-        )
+        for stage in self.stage_list:
+            _require(
+                not stage.model.sinks,
+                f"model.sinks is {stage.model.sinks}; sinks are for inference, for the rows of training are packed and"
+                " sinks are the first tokens of a row: train with the window alone",
+            )
         for stage in self.stages:
             _check_same_parameters(self.stages[0], stage)
 

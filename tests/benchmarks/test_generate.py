@@ -51,6 +51,7 @@ def test_a_peer_that_is_not_there(tmp_path):
     ({"sizes": ("2b",)}, "unknown model size '2b'"),
     ({"contexts": (65,)}, "contexts has 65, the longest prompt 64 tokens; give --prefill 65"),
     ({"new_tokens": 1}, "new_tokens is 1; it must be at least 2"),
+    ({"chunk": 0}, "chunk is 0; it must be at least 1, or null"),
     ({"splits": (1,)}, "splits has 1; give 2 tokens or more"),
 ])  # fmt: skip
 def test_options(changes, message):

@@ -187,6 +187,11 @@ def test_repetition_costs_as_in_one_go(model, expected, monkeypatch, axes, ahead
         assert tokens(session, PROMPT[kept:], sampling=penalty) == want != expected
 
 
+def test_a_chunk_of_nothing(model):
+    with pytest.raises(ValueError, match="chunk 0 must be at least 1 token"):
+        Session(model, 64, chunk=0)
+
+
 def test_it_stops(model, expected):
     session = Session(model, 64)
     assert tokens(session, stop_ids=[expected[3]]) == expected[: expected.index(expected[3]) + 1]

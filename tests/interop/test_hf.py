@@ -168,7 +168,9 @@ def test_defaults_of_each_family():
 
 def test_what_hugging_face_lacks_is_not_written():
     config = dict(width=8, ffn_width=8, layers=1, heads=1, vocab_size=8)
-    for more, message in (({}, "no vision tables"), ({"softcap": 5.0, "vision_vocab_size": 0}, "softcap 5.0")):
+    sinks = {"sinks": 2, "window": 4, "vision_vocab_size": 0}
+    softcap = {"softcap": 5.0, "vision_vocab_size": 0}
+    for more, message in (({}, "no vision tables"), (softcap, "softcap 5.0"), (sinks, "sinks 2: none of")):
         with pytest.raises(NotImplementedError, match=message):
             write_hf_config(ModelConfig(**config, **more), 64, "float32")
 

@@ -90,6 +90,7 @@ def test_overrides_reach_stages_that_do_not_set_the_key():
         ("model: {size: debug}\ndata: {}\nstages: [{name: a}, {name: a}]", "stages must have different names"),
         ("model: {size: debug}\ndata: {}\nstages: [{name: a}, {name: b, model: {layers: 3}}]",
          "stage 'b' changes model.layers from 2 to 3"),
+        ("model: {size: debug, window: 8, sinks: 2}\ndata: {}", "model.sinks is 2; sinks are for inference"),
     ],
 )  # fmt: skip
 def test_bad_configs_get_one_clear_line(text, message):
