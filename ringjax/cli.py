@@ -16,11 +16,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
+from ringjax.cli_options import UsageError, print_help, read_lists, read_options, split_lists, split_overrides
+
 OK, FAILED, USAGE, PREEMPTED = 0, 1, 2, 75
-
-
-class UsageError(ValueError):
-    """The command line is wrong."""
 
 
 class Command(NamedTuple):
@@ -103,38 +101,6 @@ def _nearest(name: str, choices) -> str:
     return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(choices)}"
 
 
-def split_overrides(arguments: Sequence[str], flags: Sequence[str] = ()) -> tuple[list[str], list[tuple[str, str]]]:
-    """Positional arguments, and `--key value` / `--key=value` pairs in order; a key without value is `true`.
-
-    `flags` are keys whose value is true or false: anything else behind them is not theirs.
-    """
-    positional, pairs, rest = [], [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            positional.append(argument)
-            continue
-        key, given, value = argument[2:].partition("=")
-        key = key.replace("-", "_")
-        if not given:
-            bare = not rest or rest[0].startswith("--") or (key in flags and rest[0] not in ("true", "false"))
-            value = "true" if bare else rest.pop(0)
-        pairs.append((key, value))
-    return positional, pairs
-
-
-def split_lists(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Positional arguments, and each `--key` with all the values behind it: for options that are lists."""
-    positional, pairs = [], []
-    for argument in arguments:
-        if argument.startswith("--"):
-            key, given, value = argument[2:].partition("=")
-            pairs.append((key.replace("-", "_"), [value] if given else []))
-        else:
-            (pairs[-1][1] if pairs else positional).append(argument)
-    return positional, pairs
-
-
 def _load(arguments: list[str], command: str):
     """The config named on the command line with its overrides; prints the help and leaves for `--help`."""
     from ringjax.training.load import load_config
@@ -154,19 +120,7 @@ def _config_help(command: str, config) -> NoReturn:
 
     config = config or parse_config("{model: {size: debug}, data: {}}")
     about = "Overrides on top of CONFIG, with its values. Stages are set alike: --stages.0.training.steps 10"
-    _print_help(dataclasses.replace(config, stages=()), f"ringjax {command} CONFIG", about)
-
-
-def _print_help(default, usage: str, about: str) -> NoReturn:
-    """Every option of a config dataclass with its type and the value in `default`; leaves."""
-    import tyro
-
-    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    tyro.cli(
-        type(default), default=default, args=["--help"], prog=usage, description=about, config=options,
-        use_underscores=True,
-    )  # fmt: skip
-    raise SystemExit(OK)
+    print_help(dataclasses.replace(config, stages=()), f"ringjax {command} CONFIG", about)
 
 
 def _train(arguments: list[str]) -> int:
@@ -207,7 +161,7 @@ def _tokenize(arguments: list[str]) -> int:
 
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
         usage = "ringjax tokenize INPUT … --output FOLDER"
-        _print_help(TokenizeConfig(("INPUT",), "FOLDER"), usage, "Text, pictures and clips to a data set.")
+        print_help(TokenizeConfig(("INPUT",), "FOLDER"), usage, "Text, pictures and clips to a data set.")
     flags = [field.name for field in dataclasses.fields(TokenizeConfig) if field.type is bool]
     inputs, pairs = split_overrides(arguments, flags)
     values = {key: parse_value(value, f"--{key}") for key, value in pairs}
@@ -222,9 +176,9 @@ def _generate(arguments: list[str]) -> int:
 
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
         about = "Text, words about pictures (--image), a picture or clip from words (--draw), or both (--interleaved)."
-        _print_help(GenerateConfig("MODEL", "WORDS"), "ringjax generate MODEL", about)
+        print_help(GenerateConfig("MODEL", "WORDS"), "ringjax generate MODEL", about)
     hint = "put a prompt in quotes after --prompt"
-    run_generate(_read_options(GenerateConfig, arguments, "generate", {"run_dir": "MODEL"}, hint))
+    run_generate(read_options(GenerateConfig, arguments, "generate", {"run_dir": "MODEL"}, hint))
     return OK
 
 
@@ -232,8 +186,8 @@ def _chat(arguments: list[str]) -> int:
     from ringjax.inference.chat_command import ChatConfig, run_chat
 
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
-        _print_help(ChatConfig("MODEL"), "ringjax chat MODEL", "Talk to a published model in the terminal.")
-    run_chat(_read_options(ChatConfig, arguments, "chat", {"model": "MODEL"}, "what you say is typed, or piped in"))
+        print_help(ChatConfig("MODEL"), "ringjax chat MODEL", "Talk to a published model in the terminal.")
+    run_chat(read_options(ChatConfig, arguments, "chat", {"model": "MODEL"}, "what you say is typed, or piped in"))
     return OK
 
 
@@ -242,34 +196,10 @@ def _convert(arguments: list[str]) -> int:
 
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
         about = "Weights from one project's form to another's; nothing is overwritten."
-        _print_help(ConvertConfig("SOURCE", "TARGET"), "ringjax convert SOURCE TARGET", about)
+        print_help(ConvertConfig("SOURCE", "TARGET"), "ringjax convert SOURCE TARGET", about)
     names = {"source": "SOURCE", "target": "TARGET"}
-    print(run_convert(_read_options(ConvertConfig, arguments, "convert", names, "--help lists the options")))
+    print(run_convert(read_options(ConvertConfig, arguments, "convert", names, "--help lists the options")))
     return OK
-
-
-def _read_options(kind, arguments: list[str], command: str, positional: dict[str, str], hint: str):
-    """The dataclass `kind` from one argument for each field of `positional`, and `--key value`.
-
-    A field that is a tuple of words takes its option as often as it is given.
-    """
-    from ringjax.training.typed import build
-    from ringjax.training.yaml_tree import Item, parse_value, to_item
-
-    fields = dataclasses.fields(kind)
-    given, pairs = split_overrides(arguments, [field.name for field in fields if field.type is bool])
-    if len(given) != len(positional):
-        wanted, found = " ".join(positional.values()), " ".join(given) or "none"
-        one = "one " if len(positional) == 1 else ""
-        raise UsageError(f"ringjax {command} takes {one}{wanted}, not {found}; {hint}")
-    # Words are taken as they are: a prompt of "7" is no number.
-    words = [field.name for field in fields if field.type in (str, str | None)]
-    values = {k: to_item(v, f"--{k}") if k in words else parse_value(v, f"--{k}") for k, v in pairs}
-    for field in fields:  # an option that may be repeated
-        if field.type == tuple[str, ...] and field.name in values:
-            values[field.name] = to_item([v for k, v in pairs if k == field.name], f"--{field.name}")
-    values |= {field: to_item(value, "command line") for field, value in zip(positional, given)}
-    return build(kind, Item(values, "command line"))
 
 
 def _eval(arguments: list[str]) -> int:
@@ -285,12 +215,12 @@ def _eval(arguments: list[str]) -> int:
         return code
     name, kind = arguments[0], KINDS[arguments[0]]
     if any(argument in ("-h", "--help") for argument in arguments):
-        _print_help(kind("MODEL"), f"ringjax eval {name} MODEL", kind.__doc__)
+        print_help(kind("MODEL"), f"ringjax eval {name} MODEL", kind.__doc__)
     positional, pairs = split_lists(arguments[1:])
     if len(positional) != 1:
         found = " ".join(positional) or "none"
         raise UsageError(f"ringjax eval {name} takes one MODEL before its options, not {found}")
-    print(run_eval(_read_lists(kind, [("model", positional), *pairs])))
+    print(run_eval(read_lists(kind, [("model", positional), *pairs])))
     return OK
 
 
@@ -338,11 +268,11 @@ def _bench_generate(arguments: list[str]) -> int:
 
 def _bench_options(name: str, kind, about: str, arguments: list[str]):
     if any(argument in ("-h", "--help") for argument in arguments):
-        _print_help(kind(), f"ringjax bench {name}", about)
+        print_help(kind(), f"ringjax bench {name}", about)
     positional, pairs = split_lists(arguments)
     if positional:
         raise UsageError(f"ringjax bench {name} takes only --options, not {' '.join(positional)}")
-    return _read_lists(kind, pairs)
+    return read_lists(kind, pairs)
 
 
 def _bench_train(arguments: list[str]) -> int:
@@ -350,10 +280,10 @@ def _bench_train(arguments: list[str]) -> int:
 
     if any(argument in ("-h", "--help") for argument in arguments):
         about = "Step time, tokens a second, MFU and memory of a config's steps; --section.key value as in train."
-        _print_help(TrainOptions(), "ringjax bench train CONFIG", about)
+        print_help(TrainOptions(), "ringjax bench train CONFIG", about)
     positional, pairs = split_overrides(arguments)
     bench = [(key.removeprefix("bench."), [value]) for key, value in pairs if key.startswith("bench.")]
-    config = _read_lists(TrainBench, bench, "--bench.")
+    config = read_lists(TrainBench, bench, "--bench.")
     if len(positional) != 1:
         found = " ".join(positional) or "none"
         raise UsageError(f"ringjax bench train takes one CONFIG, not {len(positional)}: {found}")
@@ -363,26 +293,6 @@ def _bench_train(arguments: list[str]) -> int:
     from ringjax.benchmarks.command import bench_train
 
     return OK if bench_train(run, config, ["bench", "train", *arguments]) else FAILED
-
-
-def _read_lists(kind, pairs: list[tuple[str, list[str]]], prefix: str = "--"):
-    """The dataclass `kind` from `--key value …`; a field that is a tuple takes all values, another exactly one."""
-    from ringjax.training.typed import build
-    from ringjax.training.yaml_tree import Item, parse_value, to_item
-
-    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
-    values = {}
-    for key, given in pairs:
-        where, type_name = f"{prefix}{key}", types.get(key, "")
-        is_list = type_name.startswith("tuple")
-        if not is_list and len(given) > 1:
-            raise UsageError(f"{where} takes one value, not {len(given)}: {' '.join(given)}")
-        # Words are taken as they are: heads of "16" are no number, and `null` is none.
-        words = "str" in type_name and given != ["null"]
-        given = given or ([] if is_list else ["true"])
-        items = [to_item(value, where) if words else parse_value(value, where) for value in given]
-        values[key] = Item(items, where) if is_list else items[0]
-    return build(kind, Item(values, "command line"))
 
 
 COMMANDS = {
