@@ -138,7 +138,7 @@ def test_steps_ahead_and_several_at_once_change_nothing(model, expected, lead, b
     assert tokens(session) == expected[:4] and len(session.ids) == 40
     long = Session(model, 64)
     long._lead, long._burst = lead, burst
-    drawn = Sampling(temperature=1.0, seed=5)
+    drawn = Sampling(temperature=4.0, seed=5)
     for count in (1, 2, 4, 5, 12):
         assert tokens(long, count=count) == expected[:count] and long.ids == PROMPT + expected[: count - 1]
         long.rewind(0)
@@ -148,6 +148,9 @@ def test_steps_ahead_and_several_at_once_change_nothing(model, expected, lead, b
     listening.close()
     assert heard == whole[:5] and long.ids == PROMPT + heard[:4]
     assert tokens(long, heard[4:], 7, sampling=drawn) == whole[5:]
+    for count in (1, 2, 3, 7):  # a token that follows a prompt is drawn as one that was written after others
+        long.rewind(0)
+        assert tokens(long, PROMPT + whole[:count], 1, sampling=drawn) == whole[count : count + 1]
 
 
 @pytest.mark.parametrize("axes", [None, (1, 1, 2, 4)])
