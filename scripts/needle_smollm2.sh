@@ -39,8 +39,9 @@ part() { # NAME KIND OPTION …
     cat "$output/$name.log"
     return $code
 }
-begin() { if [ -n "$together" ]; then part "$@" & else part "$@"; fi; }
-finish() { while [ -n "$(jobs -p)" ]; do wait -n; done; }
+failed=0 # a part that fails leaves the others alone
+begin() { if [ -n "$together" ]; then part "$@" & else part "$@" || failed=1; fi; }
+finish() { while [ -n "$(jobs -p)" ]; do wait -n || failed=1; done; }
 
 # Thousands: prompt and answer stay below the power of two that a cache grows to, and that programs are made for.
 asked=(--template chat --depths 0 25 50 75 100)
@@ -56,4 +57,5 @@ begin multi needle "${short[@]}" --needles 4 --retrieve 2 --max_new_tokens 48
 begin digits needle "${short[@]}" --score likelihood
 begin longer_digits needle "${long[@]}" --score likelihood
 finish
-part methods needle "${methods[@]}"
+part methods needle "${methods[@]}" || failed=1
+exit $failed
