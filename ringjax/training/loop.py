@@ -25,6 +25,7 @@ from ringjax.training.checkpoint import (
     load_arrays,
 )
 from ringjax.training.config import RunConfig
+from ringjax.training.image_tokenizer.config import TokenizerRun
 from ringjax.training.load import to_yaml
 from ringjax.training.mesh import make_mesh, simulate_devices
 from ringjax.training.metrics import MetricsWriter
@@ -36,7 +37,7 @@ from ringjax.training.task import Task, Trains, TrainState, count_parameters
 from ringjax.training.tasks import check_tasks, make_tasks
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig | TokenizerRun) -> Path:
     """Train `config`, from its last checkpoint if there is one, and return the run's folder.
 
     Raises ConfigError before anything runs, Preempted after a signal (saved), BadLoss for NaN and spikes, and
@@ -70,7 +71,7 @@ def _debug(config: RunConfig):
 class Run(contextlib.AbstractContextManager):
     """A run and its files; a stage at a time."""
 
-    def __init__(self, config: RunConfig, tasks: Sequence[Task]):
+    def __init__(self, config: RunConfig | TokenizerRun, tasks: Sequence[Task]):
         self.config, self.tasks = config, tasks
         self.folder = Path(config.run_dir)
         self.is_main = distributed.is_main()
@@ -149,7 +150,7 @@ class Run(contextlib.AbstractContextManager):
         done = info["step"] if info else start
         self.state = self._enter(trainer, task, start)
         self._announce(task, mesh, trainer)
-        with task.feed(mesh, self.config.seed + index, info and info["loader"]) as feed:
+        with task.feed(mesh, self.config.seed + index, info and info["loader"], self.display.say) as feed:
             self.display.start_stage(task.stage.name, done - start, task.stage.training.steps)
             StageLoop(self, index, task, start, trainer, feed, info["losses"] if info else []).run(done, signals)
 

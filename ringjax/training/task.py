@@ -99,8 +99,8 @@ class Task(abc.ABC):
         """The compiled functions of this stage, which begins at step `start` of the run."""
 
     @abc.abstractmethod
-    def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None) -> Feeds:
-        """Batches from the beginning, or from the state that a checkpoint holds."""
+    def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None, say: Callable[[str], None]) -> Feeds:
+        """Batches from the beginning, or from the state that a checkpoint holds; `say`s what a person should know."""
 
     @abc.abstractmethod
     def evaluator(self, trainer: Any, feed: Any, seed: int) -> Callable[[Any], dict[str, Measured]]:

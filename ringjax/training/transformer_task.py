@@ -1,5 +1,6 @@
 """The transformer as the training loop sees it: tokens in, next-token loss out."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ class TransformerTask(Task):
             stage.model, stage.optimizer, parallel, steps=training.steps, start=start, donate=not training.debug_nans
         )
 
-    def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None) -> Feed:
+    def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None, say: Callable[[str], None]) -> Feed:
         return Feed(self.stage, mesh, seed, state)
 
     def evaluator(self, trainer: Trainer, feed: Feed, seed: int) -> Evaluator:
