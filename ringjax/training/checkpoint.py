@@ -218,6 +218,8 @@ def restore_model(run_dir: str | Path, *, step: int | None = None, parallel: Any
         if found is None:
             raise CheckpointError(f"{run_dir} holds no whole checkpoint; train first (ringjax train CONFIG)")
         path, info = found
+    if "vqgan" in info["config"]:
+        raise CheckpointError(f"{run_dir} is the run of an image tokenizer; load its tokenizer.safetensors")
     config = build(RunConfig, to_item(info["config"], f"{path.name}/{NAME}"))
     model_config = config.stage_list[info["stage"]].model
     graph, abstract = nnx.split(Transformer.abstract(model_config))

@@ -10,6 +10,7 @@ import yaml
 
 from ringjax.models.sizes import get_size
 from ringjax.training.config import STAGE_SECTIONS, RunConfig, StageConfig
+from ringjax.training.image_tokenizer.config import TokenizerRun
 from ringjax.training.mesh import resolve_shape
 from ringjax.training.typed import build
 from ringjax.training.yaml_tree import ConfigError, Item, merge, parse_value, parse_yaml, set_path, to_item
@@ -17,11 +18,19 @@ from ringjax.training.yaml_tree import ConfigError, Item, merge, parse_value, pa
 MAX_BYTES = 1 << 20
 
 
-def load_config(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> RunConfig:
-    """The config of a YAML file with `(dotted key, value)` overrides laid over it.
+Overrides = Iterable[tuple[str, str]]
+
+
+def load_config(path: str | Path, overrides: Overrides = ()) -> RunConfig:
+    """The transformer's run of a YAML file with `(dotted key, value)` overrides laid over it.
 
     Raises ConfigError with one line for each problem; FileNotFoundError says which configs are near.
     """
+    return _transformers(load_run(path, overrides), str(path))
+
+
+def load_run(path: str | Path, overrides: Overrides = ()) -> RunConfig | TokenizerRun:
+    """`load_config` of any run: a transformer's (section `model`) or an image tokenizer's (section `vqgan`)."""
     path = Path(path)
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -33,16 +42,35 @@ def load_config(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> 
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path} is not UTF-8 text (byte {error.start})") from None
-    return parse_config(text, str(path), overrides)
+    return parse_run(text, str(path), overrides)
 
 
-def parse_config(text: str, origin: str = "config", overrides: Iterable[tuple[str, str]] = ()) -> RunConfig:
+def parse_config(text: str, origin: str = "config", overrides: Overrides = ()) -> RunConfig:
     """`load_config` of a text."""
+    return _transformers(parse_run(text, origin, overrides), origin)
+
+
+def _transformers(run: RunConfig | TokenizerRun, origin: str) -> RunConfig:
+    if isinstance(run, TokenizerRun):
+        raise ConfigError(
+            f"{origin}: the run of an image tokenizer (section vqgan) has no transformer; what it leaves is its"
+            " tokenizer.safetensors"
+        )
+    return run
+
+
+def parse_run(text: str, origin: str = "config", overrides: Overrides = ()) -> RunConfig | TokenizerRun:
+    """`load_run` of a text."""
     tree = parse_yaml(text, origin)
     for key, value in overrides:
         tree = set_path(tree, key.split("."), parse_value(value, f"--{key}"))
+    if "vqgan" in tree.value and "model" in tree.value:
+        raise ConfigError(
+            f"{tree.value['vqgan'].where}: sections model and vqgan in one config; a run trains a transformer (model)"
+            " or an image tokenizer (vqgan): write two configs"
+        )
     try:
-        return build(RunConfig, _expand(tree))
+        return build(TokenizerRun, tree) if "vqgan" in tree.value else build(RunConfig, _expand(tree))
     except ConfigError as error:
         raise ConfigError(_without_repeats(error.problems)) from None
 
@@ -115,7 +143,7 @@ def check_devices(config: RunConfig, device_count: int, simulated: bool = False)
     problems = []
     for stage in config.stage_list:
         try:
-            _check_stage(stage, device_count, simulated)
+            check_stage_devices(stage, device_count, simulated)
         except ValueError as error:
             problems.append(f"stage {stage.name!r}: {error}" if config.stages else str(error))
     if problems:
@@ -127,7 +155,8 @@ def mesh_shape(stage: StageConfig, simulated: bool) -> str:
     return stage.mesh.simulated_shape if simulated and stage.mesh.simulated_shape else stage.mesh.shape
 
 
-def _check_stage(stage: StageConfig, device_count: int, simulated: bool) -> None:
+def check_stage_devices(stage: StageConfig, device_count: int, simulated: bool = False) -> None:
+    """`check_devices` of one stage; raises ValueError."""
     dp, fsdp, tp, sp = resolve_shape(mesh_shape(stage, simulated), device_count)
     training = stage.training
     micro = training.batch_size // training.accumulation
