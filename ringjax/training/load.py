@@ -115,7 +115,7 @@ def check_devices(config: RunConfig, device_count: int, simulated: bool = False)
     problems = []
     for stage in config.stage_list:
         try:
-            _check_stage(stage, device_count, simulated)
+            check_stage_devices(stage, device_count, simulated)
         except ValueError as error:
             problems.append(f"stage {stage.name!r}: {error}" if config.stages else str(error))
     if problems:
@@ -127,7 +127,8 @@ def mesh_shape(stage: StageConfig, simulated: bool) -> str:
     return stage.mesh.simulated_shape if simulated and stage.mesh.simulated_shape else stage.mesh.shape
 
 
-def _check_stage(stage: StageConfig, device_count: int, simulated: bool) -> None:
+def check_stage_devices(stage: StageConfig, device_count: int, simulated: bool = False) -> None:
+    """`check_devices` of one stage; raises ValueError."""
     dp, fsdp, tp, sp = resolve_shape(mesh_shape(stage, simulated), device_count)
     training = stage.training
     micro = training.batch_size // training.accumulation
