@@ -39,6 +39,10 @@ class Published:
         config = dataclasses.replace(self.description.config, dtype=dtype, param_dtype=param_dtype, **changes)
         return self._load(config, parallel)
 
+    def load_config(self, config: ModelConfig, parallel: Parallel) -> Transformer:
+        """The model under a `config` that differs from its own in nothing that has a shape."""
+        return self._load(config, parallel)
+
     @functools.cached_property
     def settings(self) -> dict:
         """tokenizer_config.json, with the chat template of its own file, if there is one; empty without."""

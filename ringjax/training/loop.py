@@ -31,14 +31,16 @@ from ringjax.training.metrics import MetricsWriter
 from ringjax.training.plot import plot_loss
 from ringjax.training.progress import Quiet, format_count, make_display
 from ringjax.training.stage import StageLoop
+from ringjax.training.start import OpenStart, open_published
 from ringjax.training.stops import BadLoss, StopSignals
 from ringjax.training.task import Task, Trains, TrainState, count_parameters
 from ringjax.training.tasks import check_tasks, make_tasks
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, open_start: OpenStart | None = None) -> Path:
     """Train `config`, from its last checkpoint if there is one, and return the run's folder.
 
+    `open_start` (`ringjax.interop.start`) reads a published model, where `init_from` names one.
     Raises ConfigError before anything runs, Preempted after a signal (saved), BadLoss for NaN and spikes, and
     CheckpointError when a checkpoint cannot be written or is of another model.
     """
@@ -47,7 +49,7 @@ def train(config: RunConfig) -> Path:
     tasks = make_tasks(config)
     check_tasks(tasks, lambda task: task.check_devices(len(jax.devices())))
     check_tasks(tasks, lambda task: task.check_data())
-    with Run(config, tasks) as run, StopSignals() as signals, _debug(config):
+    with Run(config, tasks, open_start) as run, StopSignals() as signals, _debug(config):
         run.begin()
         for index in range(run.first_stage, len(config.stage_list)):
             run.stage(index, signals)
@@ -70,8 +72,8 @@ def _debug(config: RunConfig):
 class Run(contextlib.AbstractContextManager):
     """A run and its files; a stage at a time."""
 
-    def __init__(self, config: RunConfig, tasks: Sequence[Task]):
-        self.config, self.tasks = config, tasks
+    def __init__(self, config: RunConfig, tasks: Sequence[Task], open_start: OpenStart | None = None):
+        self.config, self.tasks, self._open_start = config, tasks, open_start
         self.folder = Path(config.run_dir)
         self.is_main = distributed.is_main()
         logging = config.logging
@@ -101,7 +103,9 @@ class Run(contextlib.AbstractContextManager):
         step = self.resumed[1]["step"] if self.resumed else 0
         self.first_stage = self._stage_of(step)
         if self.is_main:
-            _write_text(self.folder / "config.yaml", to_yaml(self.config))
+            _write(self.folder / "config.yaml", to_yaml(self.config).encode())
+            for name, content in self.tasks[-1].files().items():
+                _write(self.folder / name, content)
             self.writer = MetricsWriter(self.folder, step, self.config.logging.tensorboard)
         devices = jax.devices()
         self.display.say(f"{self.folder}: {len(devices)} × {devices[0].device_kind}, {jax.process_count()} process(es)")
@@ -156,7 +160,7 @@ class Run(contextlib.AbstractContextManager):
     def _enter(self, trainer: Trains, task: Task, start: int) -> TrainState:
         """The state at the beginning of a stage: restored, carried over from the stage before, or new."""
         if self.resumed is None:
-            return self._first_state(trainer) if self.state is None else self._carry(trainer, task, self.state)
+            return self._first_state(trainer, task) if self.state is None else self._carry(trainer, task, self.state)
         (path, info), self.resumed = self.resumed, None
         abstract = trainer.abstract
         check_same_arrays(info["parameters"], describe_arrays(abstract.params), str(path))
@@ -167,18 +171,26 @@ class Run(contextlib.AbstractContextManager):
         check_same_arrays(info["optimizer"], describe_arrays(abstract.optimizer), str(path), "optimizer")
         return TrainState(step, params, load_arrays(path, "optimizer", abstract.optimizer))
 
-    def _first_state(self, trainer: Trains) -> TrainState:
+    def _first_state(self, trainer: Trains, task: Task) -> TrainState:
         if self.config.init_from is None:
             return trainer.init(self.config.seed)
+        params, said = self._first_params(trainer, task)
+        for line in said:
+            self.display.say(line)
+        zero = jax.device_put(jnp.int32(0), trainer.abstract.step.sharding)
+        return TrainState(zero, params, trainer.fresh_optimizer(params))
+
+    def _first_params(self, trainer: Trains, task: Task) -> tuple[Any, list[str]]:
+        """Those that `init_from` names, and what to say about them."""
+        start = open_published(self.config.init_from, self.config.stage_list[0].model.heads, self._open_start)
+        if start is not None:
+            return task.first_params(start, make_mesh(task.mesh_shape), self.config.seed)
         found = distributed.same_on_all(self._find_first)
         if found is None:
             raise CheckpointError(f"init_from {self.config.init_from} holds no whole checkpoint; give a run's folder")
         abstract = trainer.abstract
         check_same_arrays(found[1], describe_arrays(abstract.params), found[0])
-        params = load_arrays(Path(found[0]), "params", abstract.params)
-        self.display.say(f"parameters from {found[0]}")
-        zero = jax.device_put(jnp.int32(0), abstract.step.sharding)
-        return TrainState(zero, params, trainer.fresh_optimizer(params))
+        return load_arrays(Path(found[0]), "params", abstract.params), [f"parameters from {found[0]}"]
 
     def _find_first(self) -> list | None:
         found = last_whole(Path(self.config.init_from) / FOLDER, self.config.checkpoint.verify, self.display.say)
@@ -197,7 +209,8 @@ class Run(contextlib.AbstractContextManager):
         self.display.say(f"stage {task.stage.name}: {count} parameters, {task.amount()}, mesh {shape}")
 
 
-def _write_text(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from ringjax.training.mesh import is_simulated
+from ringjax.training.start import Start
 
 Metrics = dict[str, Float[Array, ""]]
 Measured = dict[str, float | None]
@@ -97,6 +98,14 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def trainer(self, mesh: Mesh, seed: int, start: int) -> Trains:
         """The compiled functions of this stage, which begins at step `start` of the run."""
+
+    def files(self) -> dict[str, bytes]:
+        """What the run's folder holds so that it can be used elsewhere: paths in it, and contents."""
+        return {}
+
+    def first_params(self, start: Start, mesh: Mesh, seed: int) -> tuple[Any, list[str]]:
+        """The parameters from a published model, where they live, and lines worth saying."""
+        raise NotImplementedError(f"init_from {start.path} is a language model; this run trains something else")
 
     @abc.abstractmethod
     def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None) -> Feeds:

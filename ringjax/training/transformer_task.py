@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from ringjax.data.tokenizers import tokenizer_files
 from ringjax.models.parallel import Parallel
 from ringjax.training import progress
 from ringjax.training.config import StageConfig
@@ -12,6 +13,8 @@ from ringjax.training.evaluate import Evaluator
 from ringjax.training.feed import Feed, check_stage_data
 from ringjax.training.load import check_stage_devices
 from ringjax.training.mesh import is_simulated
+from ringjax.training.run_folder import TOKENIZER
+from ringjax.training.start import Start, first_params
 from ringjax.training.step import Trainer, make_trainer, readable
 from ringjax.training.task import Measured, Task
 from ringjax.training.utilisation import flops_per_row, mfu
@@ -32,10 +35,19 @@ class TransformerTask(Task):
 
     def trainer(self, mesh: Mesh, seed: int, start: int) -> Trainer:
         stage, training = self.stage, self.stage.training
-        parallel = Parallel(mesh, stage.mesh.layout, stage.mesh.strategy, stage.mesh.backend)
         return make_trainer(
-            stage.model, stage.optimizer, parallel, steps=training.steps, start=start, donate=not training.debug_nans
-        )
+            stage.model, stage.optimizer, self._parallel(mesh), steps=training.steps, start=start,
+            donate=not training.debug_nans,
+        )  # fmt: skip
+
+    def _parallel(self, mesh: Mesh) -> Parallel:
+        return Parallel(mesh, self.stage.mesh.layout, self.stage.mesh.strategy, self.stage.mesh.backend)
+
+    def files(self) -> dict[str, bytes]:
+        return {f"{TOKENIZER}/{name}": text for name, text in tokenizer_files(self.stage.data.tokenizer).items()}
+
+    def first_params(self, start: Start, mesh: Mesh, seed: int) -> tuple[Any, list[str]]:
+        return first_params(start, self.stage.model, self._parallel(mesh), seed)
 
     def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None) -> Feed:
         return Feed(self.stage, mesh, seed, state)
