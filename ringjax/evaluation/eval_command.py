@@ -1,7 +1,6 @@
 """`ringjax eval needle | ruler | perplexity MODEL`: from options to a report."""
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from ringjax.evaluation.ruler_qa import read_passages
 from ringjax.evaluation.run_questions import check_questions, run_questions
 from ringjax.evaluation.summary import markdown, summarise
 from ringjax.inference.text_model import TextModel
-from ringjax.interop.published import open_published
+from ringjax.interop.published import file_fingerprint, open_published
 from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
 from ringjax.training.mesh import make_mesh, simulate_devices
@@ -124,7 +123,7 @@ def _task(config: QuestionConfig, model: TextModel, haystack: Haystack, texts: l
 def _asked(config: EvalConfig, texts: list[str], model: TextModel) -> dict[str, Any]:
     """What decides the answers to the questions of a grid."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
-    asked |= {"model": model_fingerprint(config.model), "haystack": text_fingerprint(texts)}
+    asked |= {"model": file_fingerprint(config.model), "haystack": text_fingerprint(texts)}
     asked["dtype"] = model.model.config.dtype
     template = getattr(config, "template", None)
     if template is not None:
@@ -142,16 +141,3 @@ def _about(config: EvalConfig) -> dict[str, Any]:
 
     device = jax.devices()[0]
     return {"ringjax": __version__, "device": device.device_kind, "options": dataclasses.asdict(config)}
-
-
-def model_fingerprint(path: str) -> str:
-    """A short name of a model's files: their names, sizes, beginnings and ends (not all of what may be terabytes)."""
-    source, size = Path(path), 1 << 16
-    digest = hashlib.sha256()
-    for file in [source] if source.is_file() else sorted(f for f in source.iterdir() if f.is_file()):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with open(file, "rb") as data:
-            digest.update(data.read(size))
-            data.seek(max(0, file.stat().st_size - size))
-            digest.update(data.read(size))
-    return digest.hexdigest()[:16]

@@ -6,6 +6,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -92,3 +93,16 @@ def _gguf(path: Path) -> Published:
         return load_params(config, source, recipes, parallel, ignored=lambda name: name == "rope_freqs.weight")
 
     return Published(path, description, texts, load)
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """A short name of a model's files: their names, sizes, beginnings and ends (not all of what may be terabytes)."""
+    source, size = Path(path), 1 << 16
+    digest = hashlib.sha256()
+    for file in [source] if source.is_file() else sorted(f for f in source.iterdir() if f.is_file()):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with open(file, "rb") as data:
+            digest.update(data.read(size))
+            data.seek(max(0, file.stat().st_size - size))
+            digest.update(data.read(size))
+    return digest.hexdigest()[:16]

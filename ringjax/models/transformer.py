@@ -246,7 +246,7 @@ class Transformer(nnx.Module):
         if modality == "vision" and self.vte is None:
             raise ValueError("this model has no vision head: its config has vision_vocab_size 0")
         head, table = (self.lm_head, self.wte) if modality == "text" else (self.vision_head, self.vte)
-        return table.embedding[...].T if head is None else head.kernel[...]
+        return table.embedding[...].T if head is None else head.whole
 
     def _through(self, tokens, modality, positions, reach, features, parallel: Parallel, keep, prefix=None):
         """The stream after all blocks, and what `keep` makes of every block's keys and values, stacked."""

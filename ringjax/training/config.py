@@ -20,6 +20,7 @@ from typing import Literal
 from ringjax.attention.kernels import check_name
 from ringjax.data.config import DataConfig
 from ringjax.models.config import ModelConfig
+from ringjax.models.lora import LoraConfig
 from ringjax.training.mesh import check_shape
 
 # What a stage may set; everything else belongs to the whole run.
@@ -206,6 +207,8 @@ class RunConfig:
     """What gives the first parameters: the folder of another run (its last checkpoint), or a published model (a Hugging
     Face folder, a .gguf file, an LWM stream), which also says what `model` and data.tokenizer leave out; null: random
     ones."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters in place of all parameters (needs init_from); null: everything is trained."""
     seed: int = 0
     """Of the parameters and the order of the data."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -218,6 +221,10 @@ class RunConfig:
 
     def __post_init__(self):
         _require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must lie in [0, 2^31)")
+        _require(
+            self.lora is None or self.init_from is not None,
+            "lora without init_from: adapters change a model that is there; name a published model or a run",
+        )
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), f"stages must have different names, not {', '.join(names)}")
         for stage in self.stage_list:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from ringjax import accelerator
 from ringjax.training import distributed
+from ringjax.training.begin import Begun, begin_from, check_same_base
 from ringjax.training.checkpoint import (
-    FOLDER,
     CheckpointError,
     CheckpointStore,
     check_same_arrays,
@@ -31,7 +31,7 @@ from ringjax.training.metrics import MetricsWriter
 from ringjax.training.plot import plot_loss
 from ringjax.training.progress import Quiet, format_count, make_display
 from ringjax.training.stage import StageLoop
-from ringjax.training.start import OpenStart, open_published
+from ringjax.training.start import OpenStart
 from ringjax.training.stops import BadLoss, StopSignals
 from ringjax.training.task import Task, Trains, TrainState, count_parameters
 from ringjax.training.tasks import check_tasks, make_tasks
@@ -81,6 +81,7 @@ class Run(contextlib.AbstractContextManager):
         self.store = CheckpointStore(self.folder, config.checkpoint, self.display.say)
         self.writer: MetricsWriter | None = None
         self.state: TrainState | None = None
+        self.base: dict[str, str] | None = None
         self.resumed: tuple[Path, dict[str, Any]] | None = None
         self.first_stage = 0
 
@@ -164,48 +165,48 @@ class Run(contextlib.AbstractContextManager):
         (path, info), self.resumed = self.resumed, None
         abstract = trainer.abstract
         check_same_arrays(info["parameters"], describe_arrays(abstract.params), str(path))
-        params = load_arrays(path, "params", abstract.params)
+        params, frozen = load_arrays(path, "params", abstract.params), self._frozen(trainer, task, info)
         step = jax.device_put(jnp.int32(info["step"]), abstract.step.sharding)
         if info["step"] == start and not task.stage.optimizer.carry:
-            return TrainState(step, params, trainer.fresh_optimizer(params))
+            return TrainState(step, params, trainer.fresh_optimizer(params), frozen)
         check_same_arrays(info["optimizer"], describe_arrays(abstract.optimizer), str(path), "optimizer")
-        return TrainState(step, params, load_arrays(path, "optimizer", abstract.optimizer))
+        return TrainState(step, params, load_arrays(path, "optimizer", abstract.optimizer), frozen)
 
     def _first_state(self, trainer: Trains, task: Task) -> TrainState:
         if self.config.init_from is None:
             return trainer.init(self.config.seed)
-        params, said = self._first_params(trainer, task)
-        for line in said:
+        begun = self._begin_from(trainer, task)
+        for line in begun.said:
             self.display.say(line)
-        zero = jax.device_put(jnp.int32(0), trainer.abstract.step.sharding)
-        return TrainState(zero, params, trainer.fresh_optimizer(params))
+        return task.first_state(trainer, begun.params, self.config.seed)
 
-    def _first_params(self, trainer: Trains, task: Task) -> tuple[Any, list[str]]:
-        """Those that `init_from` names, and what to say about them."""
-        start = open_published(self.config.init_from, self.config.stage_list[0].model.heads, self._open_start)
-        if start is not None:
-            return task.first_params(start, make_mesh(task.mesh_shape), self.config.seed)
-        found = distributed.same_on_all(self._find_first)
-        if found is None:
-            raise CheckpointError(f"init_from {self.config.init_from} holds no whole checkpoint; give a run's folder")
-        abstract = trainer.abstract
-        check_same_arrays(found[1], describe_arrays(abstract.params), found[0])
-        return load_arrays(Path(found[0]), "params", abstract.params), [f"parameters from {found[0]}"]
+    def _frozen(self, trainer: Trains, task: Task, info: dict[str, Any]) -> Any:
+        """What a checkpoint does not hold, read again from where the run began; None for most runs."""
+        if trainer.abstract.frozen is None:
+            return None
+        begun = self._begin_from(trainer, task)
+        check_same_base(info["base"], begun.identity)
+        return task.first_state(trainer, begun.params, self.config.seed).frozen
 
-    def _find_first(self) -> list | None:
-        found = last_whole(Path(self.config.init_from) / FOLDER, self.config.checkpoint.verify, self.display.say)
-        return None if found is None else [str(found[0]), found[1]["parameters"]]
+    def _begin_from(self, trainer: Trains, task: Task) -> Begun:
+        begun = begin_from(self.config, task, trainer, make_mesh(task.mesh_shape), self._open_start)
+        if trainer.abstract.frozen is not None:
+            self.base = begun.identity
+        return begun
 
     def _carry(self, trainer: Trains, task: Task, state: TrainState) -> TrainState:
         places = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract)
         params = jax.device_put(state.params, places.params)
         carry = task.stage.optimizer.carry
         moments = jax.device_put(state.optimizer, places.optimizer) if carry else trainer.fresh_optimizer(params)
-        return TrainState(jax.device_put(state.step, places.step), params, moments)
+        frozen = jax.device_put(state.frozen, places.frozen)
+        return TrainState(jax.device_put(state.step, places.step), params, moments, frozen)
 
     def _announce(self, task: Task, mesh, trainer: Trains) -> None:
         count = format_count(count_parameters(trainer.abstract.params))
         shape = " ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        if trainer.abstract.frozen is not None:
+            count = f"{count} of {format_count(count_parameters((trainer.abstract.params, trainer.abstract.frozen)))}"
         self.display.say(f"stage {task.stage.name}: {count} parameters, {task.amount()}, mesh {shape}")
 
 

@@ -47,6 +47,8 @@ class Start:
     config: ModelConfig
     load: Callable[[ModelConfig, Parallel], Transformer]
     """With its parameters, streamed to their shards; the config is `config` but for what changes no shape."""
+    fingerprint: str
+    """Of its files."""
     has_tokenizer: bool = True
     unknown: tuple[str, ...] = ()
     """Fields of the config that the file does not tell."""

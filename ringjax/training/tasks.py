@@ -10,7 +10,7 @@ from ringjax.training.yaml_tree import ConfigError
 
 def make_tasks(config: RunConfig) -> tuple[Task, ...]:
     """One task for each stage of the run."""
-    return tuple(TransformerTask(stage) for stage in config.stage_list)
+    return tuple(TransformerTask(stage, config.lora) for stage in config.stage_list)
 
 
 def check_tasks(tasks: Sequence[Task], check: Callable[[Task], None]) -> None:
