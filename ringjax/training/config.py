@@ -141,6 +141,8 @@ class CheckpointConfig:
     """How many of the newest to keep."""
     keep_every: int = 0
     """Also keep each checkpoint whose step is a multiple of this, 0: none."""
+    keep_stages: bool = False
+    """Also keep the last one of each stage."""
     asynchronous: bool = True
     """Write while training goes on."""
     verify: bool = True

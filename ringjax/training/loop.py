@@ -78,7 +78,7 @@ class Run(contextlib.AbstractContextManager):
         self.is_main = distributed.is_main()
         logging = config.logging
         self.display: Quiet = make_display(logging.progress, logging.every, self.is_main, tasks[0].describe)
-        self.store = CheckpointStore(self.folder, config.checkpoint, self.display.say)
+        self.store = CheckpointStore(self.folder, config.checkpoint, self.display.say, self._starts()[1:])
         self.writer: MetricsWriter | None = None
         self.state: TrainState | None = None
         self.base: dict[str, str] | None = None
