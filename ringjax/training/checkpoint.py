@@ -246,7 +246,9 @@ def _last_of_stage(run_dir: str | Path, folder: Path, stage: str, say: Callable[
 
 
 def stage_of(info: dict[str, Any], path: Path) -> StageConfig:
-    """The stage that a checkpoint was made in, from its manifest."""
+    """The stage that a checkpoint of a transformer was made in, from its manifest."""
+    if "vqgan" in info["config"]:
+        raise CheckpointError(f"{path} is of an image tokenizer's run; load its tokenizer.safetensors")
     return build(RunConfig, to_item(info["config"], f"{path.name}/{NAME}")).stage_list[info["stage"]]
 
 

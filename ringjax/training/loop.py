@@ -25,6 +25,7 @@ from ringjax.training.checkpoint import (
     load_arrays,
 )
 from ringjax.training.config import RunConfig
+from ringjax.training.image_tokenizer.config import TokenizerRun
 from ringjax.training.load import to_yaml
 from ringjax.training.mesh import make_mesh, simulate_devices
 from ringjax.training.metrics import MetricsWriter
@@ -37,7 +38,7 @@ from ringjax.training.task import Task, Trains, TrainState, count_parameters
 from ringjax.training.tasks import check_tasks, make_tasks
 
 
-def train(config: RunConfig, open_start: OpenStart | None = None) -> Path:
+def train(config: RunConfig | TokenizerRun, open_start: OpenStart | None = None) -> Path:
     """Train `config`, from its last checkpoint if there is one, and return the run's folder.
 
     `open_start` (`ringjax.interop.start`) reads a published model, where `init_from` names one.
@@ -72,7 +73,9 @@ def _debug(config: RunConfig):
 class Run(contextlib.AbstractContextManager):
     """A run and its files; a stage at a time."""
 
-    def __init__(self, config: RunConfig, tasks: Sequence[Task], open_start: OpenStart | None = None):
+    def __init__(
+        self, config: RunConfig | TokenizerRun, tasks: Sequence[Task], open_start: OpenStart | None = None
+    ):
         self.config, self.tasks, self._open_start = config, tasks, open_start
         self.folder = Path(config.run_dir)
         self.is_main = distributed.is_main()
@@ -154,7 +157,7 @@ class Run(contextlib.AbstractContextManager):
         done = info["step"] if info else start
         self.state = self._enter(trainer, task, start)
         self._announce(task, mesh, trainer)
-        with task.feed(mesh, self.config.seed + index, info and info["loader"]) as feed:
+        with task.feed(mesh, self.config.seed + index, info and info["loader"], self.display.say) as feed:
             self.display.start_stage(task.stage.name, done - start, task.stage.training.steps)
             StageLoop(self, index, task, start, trainer, feed, info["losses"] if info else []).run(done, signals)
 

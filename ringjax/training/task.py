@@ -129,8 +129,8 @@ class Task(abc.ABC):
         raise NotImplementedError(f"init_from {start.path} is a language model; this run trains something else")
 
     @abc.abstractmethod
-    def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None) -> Feeds:
-        """Batches from the beginning, or from the state that a checkpoint holds."""
+    def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None, say: Callable[[str], None]) -> Feeds:
+        """Batches from the beginning, or from the state that a checkpoint holds; `say`s what a person should know."""
 
     @abc.abstractmethod
     def evaluator(self, trainer: Any, feed: Any, seed: int) -> Callable[[Any], dict[str, Measured]]:

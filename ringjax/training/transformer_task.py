@@ -1,5 +1,6 @@
 """The transformer as the training loop sees it: tokens in, next-token loss out."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ class TransformerTask(Task):
     def first_params(self, start: Start, mesh: Mesh, seed: int) -> tuple[Any, list[str]]:
         return first_params(start, self.stage.model, self._parallel(mesh), seed)
 
-    def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None) -> Feed:
+    def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None, say: Callable[[str], None]) -> Feed:
         return Feed(self.stage, mesh, seed, state)
 
     def evaluator(self, trainer: Trainer, feed: Feed, seed: int) -> Evaluator:
