@@ -22,7 +22,8 @@ from ringjax.evaluation.ruler_qa import read_passages
 from ringjax.evaluation.run_questions import check_questions, run_questions
 from ringjax.evaluation.summary import markdown, summarise
 from ringjax.inference.text_model import TextModel
-from ringjax.interop.published import file_fingerprint, open_published
+from ringjax.interop.published import Published
+from ringjax.interop.runs import open_model
 from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
 from ringjax.training.mesh import make_mesh, simulate_devices
@@ -32,6 +33,7 @@ KINDS: Mapping[str, type[EvalConfig]] = {"needle": NeedleConfig, "ruler": RulerC
 _FREE = (
     "model", "output", "lengths", "method", "haystack", "depths", "per_cell", "per_task", "tasks", "qa", "mesh",
     "layout", "strategy", "backend", "simulated_devices", "progress", "rows", "allow_beyond", "template", "dtype",
+    "stage", "adapter",
 )  # fmt: skip
 
 
@@ -89,7 +91,7 @@ def run_perplexity(config: PerplexityConfig, methods: Methods, haystack: Haystac
 
 
 def _open_model(config: EvalConfig) -> Methods:
-    description = open_published(config.model).description
+    description = _opened(config).description
     context, changes = float(description.context), {}
     if config.rope_scaling is not None:
         original = None if config.rope_scaling == "linear" else description.context
@@ -102,8 +104,13 @@ def _open_model(config: EvalConfig) -> Methods:
         parallel = Parallel(make_mesh(config.mesh), config.layout, config.strategy, config.backend)
     template = getattr(config, "template", None)
     template = None if template in (LWM, NONE, CHAT) else template
-    model = TextModel.load(config.model, parallel=parallel, dtype=config.dtype, template=template, changes=changes)
+    options = dict(dtype=config.dtype, template=template, changes=changes)
+    model = TextModel.load(config.model, parallel=parallel, stage=config.stage, adapter=config.adapter, **options)
     return Methods(model, config.options(), context)
+
+
+def _opened(config: EvalConfig) -> Published:
+    return open_model(config.model, config.stage, config.adapter)
 
 
 def _task(config: QuestionConfig, model: TextModel, haystack: Haystack, texts: list[str]) -> Task:
@@ -123,7 +130,7 @@ def _task(config: QuestionConfig, model: TextModel, haystack: Haystack, texts: l
 def _asked(config: EvalConfig, texts: list[str], model: TextModel) -> dict[str, Any]:
     """What decides the answers to the questions of a grid."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
-    asked |= {"model": file_fingerprint(config.model), "haystack": text_fingerprint(texts)}
+    asked |= {"model": _opened(config).fingerprint, "haystack": text_fingerprint(texts)}
     asked["dtype"] = model.model.config.dtype
     template = getattr(config, "template", None)
     if template is not None:

@@ -32,6 +32,9 @@ class Published:
     description: Description
     tokenizer: Path | Mapping[str, str]
     _load: Callable[[ModelConfig, Parallel], Transformer]
+    begins: bool | None = None
+    """Whether every text begins with the begin token; None: as the tokenizer says."""
+    _fingerprint: str | None = None
 
     def load(
         self, parallel: Parallel = _ONE_DEVICE, *, dtype: str = "float32", param_dtype: str = "float32", **changes
@@ -43,6 +46,11 @@ class Published:
     def load_config(self, config: ModelConfig, parallel: Parallel) -> Transformer:
         """The model under a `config` that differs from its own in nothing that has a shape."""
         return self._load(config, parallel)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A short name of its contents."""
+        return self._fingerprint or file_fingerprint(self.path)
 
     @functools.cached_property
     def settings(self) -> dict:

@@ -148,7 +148,8 @@ def unmerged(model: Transformer, adapted: Transformer) -> Transformer:
 
 
 def _without_adapters(model: Transformer, change) -> Transformer:
-    found = nnx.merge(*nnx.split(model))
+    graph, state = nnx.split(model)
+    found = nnx.merge(graph, jax.tree.map(lambda x: x, state))  # variables of its own: `model` stays as it is
     for _, module in list(nnx.iter_modules(found)):
         if isinstance(module, Linear) and module.low_rank is not None:
             kernel = module.kernel[...]

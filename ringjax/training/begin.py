@@ -46,7 +46,12 @@ def begin_from(config: RunConfig, task: Task, trainer: Trains, mesh: Mesh, open_
     found = distributed.same_on_all(lambda: _last(path, config.checkpoint.verify, said))
     if found is None:
         raise CheckpointError(f"init_from {path} holds no whole checkpoint; give a run's folder")
-    folder, parameters, fingerprint = found
+    folder, parameters, fingerprint, alone = found
+    if alone:
+        raise CheckpointError(
+            f"init_from {path} is a run of adapters alone: merge them into their model first (ringjax convert {path}"
+            " MERGED) and name that"
+        )
     base = task.base(trainer)
     check_same_arrays(parameters, describe_arrays(base), folder)
     params = load_arrays(Path(folder), "params", base)
@@ -64,4 +69,4 @@ def check_same_base(saved: dict[str, str], found: dict[str, str]) -> None:
 
 def _last(path: str, verify: bool, said: list[str]) -> list | None:
     found = last_whole(Path(path) / FOLDER, verify, said.append)
-    return None if found is None else [str(found[0]), found[1]["parameters"], digest_of(found[0])]
+    return None if found is None else [str(found[0]), found[1]["parameters"], digest_of(found[0]), "base" in found[1]]

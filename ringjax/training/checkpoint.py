@@ -22,7 +22,7 @@ import jax
 from flax import nnx
 
 from ringjax.models.transformer import Transformer
-from ringjax.training.config import CheckpointConfig, RunConfig, StageConfig
+from ringjax.training.config import CheckpointConfig, RunConfig
 from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest, write_manifest
 from ringjax.training.typed import build
 from ringjax.training.yaml_tree import to_item
@@ -231,7 +231,8 @@ def _last_of_stage(run_dir: str | Path, folder: Path, stage: str, say: Callable[
     have: dict[str, int] = {}
     for number, path in step_folders(folder):
         try:
-            name = stage_of(read_manifest(path, verify=False), path).name
+            info = read_manifest(path, verify=False)
+            name = run_of(info, path).stage_list[info["stage"]].name
         except DamagedCheckpoint as error:
             say(f"checkpoint {error}; left out")
             continue
@@ -245,11 +246,11 @@ def _last_of_stage(run_dir: str | Path, folder: Path, stage: str, say: Callable[
     )
 
 
-def stage_of(info: dict[str, Any], path: Path) -> StageConfig:
-    """The stage that a checkpoint of a transformer was made in, from its manifest."""
+def run_of(info: dict[str, Any], path: Path) -> RunConfig:
+    """The config of the transformer's run that a checkpoint is of, from its manifest."""
     if "vqgan" in info["config"]:
         raise CheckpointError(f"{path} is of an image tokenizer's run; load its tokenizer.safetensors")
-    return build(RunConfig, to_item(info["config"], f"{path.name}/{NAME}")).stage_list[info["stage"]]
+    return build(RunConfig, to_item(info["config"], f"{path.name}/{NAME}"))
 
 
 def restore_model(
@@ -261,7 +262,7 @@ def restore_model(
     for a run of adapters alone, too: `ringjax.interop.runs` knows how to read what they belong to.
     """
     path, info = find_checkpoint(run_dir, step=step, stage=stage, say=say)
-    model_config = stage_of(info, path).model
+    model_config = run_of(info, path).stage_list[info["stage"]].model
     if "base" in info:
         raise CheckpointError(f"{path} holds adapters alone; use ringjax.interop.runs.load_run, which reads their base")
     return model_config, restore_params(path, info, Transformer.abstract(model_config), parallel)
