@@ -32,6 +32,7 @@ from ringjax.training.checkpoint import (
     check_same_arrays,
     describe_arrays,
     find_checkpoint,
+    for_inference,
     load_arrays,
     placed,
     restore_params,
@@ -76,7 +77,7 @@ class Checkpoint:
     @property
     def config(self) -> ModelConfig:
         """The model's, for inference: attention is full, whatever saved time in training."""
-        return self.stage.model
+        return for_inference(self.stage.model)
 
     @property
     def data(self) -> DataConfig:

@@ -26,6 +26,7 @@ from ringjax.models.parallel import Parallel
 from ringjax.models.prefix import Prefix, with_prefix
 from ringjax.models.remat import PROJECTIONS, rematerialise
 from ringjax.models.rope import rotate, rotations
+from ringjax.models.shifted import shifted_attend
 from ringjax.models.sinks import sink_positions, with_sinks
 
 _ONE_DEVICE = Parallel()
@@ -97,7 +98,9 @@ class Block(nnx.Module):
             q, k, v, q_sinks = self.attention.project(self.attention_norm(x), rope, parallel)
             q, k, v = (checkpoint_name(y, name) for y, name in zip((q, k, v), PROJECTIONS))
             options = dict(window=config.window, softcap=config.softcap)
-            if q_sinks is None and prefix is None:
+            if config.shifted_group is not None and prefix is None:
+                attended = shifted_attend(q, k, v, reach, rope.positions, config.shifted_group, parallel, **options)
+            elif q_sinks is None and prefix is None:
                 attended = parallel.attend(q, k, v, reach, **options)
             else:
                 seen = parallel.attend(q, k, v, reach, return_lse=True, **options)

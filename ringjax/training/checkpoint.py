@@ -8,6 +8,7 @@ A checkpoint without a valid manifest does not count: resuming takes the last wh
 older one is removed only after a newer one is whole.
 """
 
+import dataclasses
 import errno
 import functools
 import logging
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ringjax.models.config import ModelConfig
 from ringjax.models.transformer import Transformer
 from ringjax.training.config import CheckpointConfig, RunConfig
 from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest, write_manifest
@@ -262,10 +264,15 @@ def restore_model(
     for a run of adapters alone, too: `ringjax.interop.runs` knows how to read what they belong to.
     """
     path, info = find_checkpoint(run_dir, step=step, stage=stage, say=say)
-    model_config = run_of(info, path).stage_list[info["stage"]].model
+    model_config = for_inference(run_of(info, path).stage_list[info["stage"]].model)
     if "base" in info:
         raise CheckpointError(f"{path} holds adapters alone; use ringjax.interop.runs.load_run, which reads their base")
     return model_config, restore_params(path, info, Transformer.abstract(model_config), parallel)
+
+
+def for_inference(config: ModelConfig) -> ModelConfig:
+    """The config of a run's model without what only saves time in training."""
+    return dataclasses.replace(config, shifted_group=None)
 
 
 def restore_params(path: Path, info: dict[str, Any], model: Any, parallel: Any = None) -> Any:

@@ -27,7 +27,7 @@ from ringjax.training.mesh import check_shape
 STAGE_SECTIONS = ("model", "data", "training", "optimizer", "mesh")
 # The model's fields that change no parameter's shape, so that a stage may set them.
 STAGE_MODEL_FIELDS = (
-    "rope_theta", "rope_scaling", "window", "dtype", "remat", "unroll", "ffn_chunk", "loss_chunk",
+    "rope_theta", "rope_scaling", "window", "shifted_group", "dtype", "remat", "unroll", "ffn_chunk", "loss_chunk",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """One training step: the exact weighted loss of a whole batch, its gradient, and AdamW, in one compiled program."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -82,7 +83,11 @@ def make_trainer(
     trained = jax.jit(functools.partial(new_trained, model, lora), out_shardings=shardings.params)
     fresh_optimizer = jax.jit(optimizer.init, out_shardings=shardings.optimizer)
 
-    def loss_sums(whole, batch: Batch) -> tuple[Float[Array, ""], LossSums]:
+    whole_attention = dataclasses.replace(model, shifted_group=None)
+    full = Transformer.abstract(whole_attention) if lora is None else adapted_abstract(whole_attention, lora)
+    full_graph = nnx.graphdef(full)
+
+    def loss_sums(whole, batch: Batch, graph=graph) -> tuple[Float[Array, ""], LossSums]:
         sums = batch_loss(nnx.merge(graph, whole), batch, parallel, model.loss_chunk)
         return sums.text_loss_sum + sums.vision_loss_sum, sums
 
@@ -99,7 +104,7 @@ def make_trainer(
         return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
     def evaluate(whole, batch: Batch) -> LossSums:
-        return jax.lax.map(lambda micro: loss_sums(whole, micro)[1], batch)
+        return jax.lax.map(lambda micro: loss_sums(whole, micro, full_graph)[1], batch)
 
     return Trainer(
         graph=graph,

@@ -81,7 +81,10 @@ class TransformerTask(Task):
         model, training, devices = self.stage.model, self.stage.training, jax.devices()
         width = model.heads * model.head_size
         frozen = 0 if self.lora is None else model.parameter_count()
-        flops = training.batch_size * flops_per_row(parameters, model.layers, width, training.seq_len, frozen)
+        row = flops_per_row(
+            parameters, model.layers, width, training.seq_len, frozen=frozen, group=model.shifted_group
+        )
+        flops = training.batch_size * row
         return {
             "tokens_per_second": training.batch_size * training.seq_len / seconds,
             "mfu": mfu(flops, seconds, devices[0].device_kind, len(devices)),
