@@ -4,7 +4,9 @@
 """
 
 import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 TITLES = {
@@ -14,15 +16,30 @@ TITLES = {
 }
 
 
-def rows(output: Path, task: str) -> list[tuple[str, dict]]:
-    """(model, {length: score}) of each evaluation of this kind, before training first."""
-    found = []
-    for file in sorted(output.glob(f"*/*{task}/summary.json"), key=lambda file: (file.parts[-3] != "before", file)):
+def evaluations(output: Path, task: str) -> Iterator[tuple[str, str, dict]]:
+    """Variant, stage and summary of each evaluation of this kind: before training first, then stage by stage."""
+    for file in sorted(output.glob(f"*/*{task}/summary.json"), key=_order):
         stage = file.parent.name.removesuffix(task).rstrip("_")
-        lines = json.loads(file.read_text())["table"]
+        yield file.parts[-3], stage, json.loads(file.read_text())
+
+
+def _order(file: Path) -> tuple:
+    thousands = re.match(r"[0-9]+", file.parent.name)
+    return file.parts[-3] != "before", file.parts[-3], int(thousands[0]) if thousands else 0
+
+
+def title(variant: str, stage: str, method: str) -> str:
+    return f"untrained, {method}" if variant == "before" else f"{variant}, after {stage}"
+
+
+def rows(output: Path, task: str) -> list[tuple[str, dict]]:
+    """(model, {length: score})."""
+    found = []
+    for variant, stage, summary in evaluations(output, task):
+        lines = summary["table"]
         for method in dict.fromkeys(line["method"] for line in lines):
-            name = f"untrained, {method}" if file.parts[-3] == "before" else f"{file.parts[-3]}, after {stage}"
-            found.append((name, {line["length"]: line["score"] for line in lines if line["method"] == method}))
+            scores = {line["length"]: line["score"] for line in lines if line["method"] == method}
+            found.append((title(variant, stage, method), scores))
     return found
 
 
@@ -37,13 +54,11 @@ def needles(output: Path, task: str) -> str:
 def perplexity(output: Path) -> str:
     """Loss by position, in eighths of the row."""
     body, length = [], 0
-    for file in sorted(output.glob("*/*perplexity/summary.json"), key=lambda file: (file.parts[-3] != "before", file)):
-        stage = file.parent.name.removesuffix("perplexity").rstrip("_")
-        for line in json.loads(file.read_text())["loss_by_position"]:
-            name = f"untrained, {line['method']}" if file.parts[-3] == "before" else f"{file.parts[-3]}, after {stage}"
+    for variant, stage, summary in evaluations(output, "perplexity"):
+        for line in summary["loss_by_position"]:
             losses, length = line["losses"], line["length"]
             pairs = [(a + b) / 2 for a, b in zip(losses[::2], losses[1::2])]
-            body.append([name, *(f"{loss:.3f}" for loss in pairs)])
+            body.append([title(variant, stage, line["method"]), *(f"{loss:.3f}" for loss in pairs)])
     head = ["model", *(f"to {length * (i + 1) // 8}" for i in range(8))]
     return f"## Loss by position in Emma, nats a token\n\n{table(head, body)}" if body else ""
 
