@@ -12,6 +12,7 @@ from ringjax.models.sizes import get_size
 from ringjax.training.config import STAGE_SECTIONS, RunConfig, StageConfig
 from ringjax.training.image_tokenizer.config import TokenizerRun
 from ringjax.training.mesh import resolve_shape
+from ringjax.training.start import OpenStart, Start
 from ringjax.training.typed import build
 from ringjax.training.yaml_tree import ConfigError, Item, merge, parse_value, parse_yaml, set_path, to_item
 
@@ -21,15 +22,18 @@ MAX_BYTES = 1 << 20
 Overrides = Iterable[tuple[str, str]]
 
 
-def load_config(path: str | Path, overrides: Overrides = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Overrides = (), open_start: OpenStart | None = None) -> RunConfig:
     """The transformer's run of a YAML file with `(dotted key, value)` overrides laid over it.
 
+    `open_start` reads a published model that `init_from` names: what the config leaves out is taken from it.
     Raises ConfigError with one line for each problem; FileNotFoundError says which configs are near.
     """
-    return _transformers(load_run(path, overrides), str(path))
+    return _transformers(load_run(path, overrides, open_start), str(path))
 
 
-def load_run(path: str | Path, overrides: Overrides = ()) -> RunConfig | TokenizerRun:
+def load_run(
+    path: str | Path, overrides: Overrides = (), open_start: OpenStart | None = None
+) -> RunConfig | TokenizerRun:
     """`load_config` of any run: a transformer's (section `model`) or an image tokenizer's (section `vqgan`)."""
     path = Path(path)
     if not path.is_file():
@@ -42,12 +46,14 @@ def load_run(path: str | Path, overrides: Overrides = ()) -> RunConfig | Tokeniz
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path} is not UTF-8 text (byte {error.start})") from None
-    return parse_run(text, str(path), overrides)
+    return parse_run(text, str(path), overrides, open_start)
 
 
-def parse_config(text: str, origin: str = "config", overrides: Overrides = ()) -> RunConfig:
+def parse_config(
+    text: str, origin: str = "config", overrides: Overrides = (), open_start: OpenStart | None = None
+) -> RunConfig:
     """`load_config` of a text."""
-    return _transformers(parse_run(text, origin, overrides), origin)
+    return _transformers(parse_run(text, origin, overrides, open_start), origin)
 
 
 def _transformers(run: RunConfig | TokenizerRun, origin: str) -> RunConfig:
@@ -59,20 +65,55 @@ def _transformers(run: RunConfig | TokenizerRun, origin: str) -> RunConfig:
     return run
 
 
-def parse_run(text: str, origin: str = "config", overrides: Overrides = ()) -> RunConfig | TokenizerRun:
+def parse_run(
+    text: str, origin: str = "config", overrides: Overrides = (), open_start: OpenStart | None = None
+) -> RunConfig | TokenizerRun:
     """`load_run` of a text."""
     tree = parse_yaml(text, origin)
     for key, value in overrides:
         tree = set_path(tree, key.split("."), parse_value(value, f"--{key}"))
-    if "vqgan" in tree.value and "model" in tree.value:
+    start = None if open_start is None else _open_start(tree, open_start)
+    try:
+        if "vqgan" in tree.value:
+            return _image_tokenizer(tree)
+        config = build(RunConfig, _expand(tree if start is None else _inherit(tree, start)))
+    except ConfigError as error:
+        raise ConfigError(_without_repeats(error.problems)) from None
+    if start is not None and (problems := start.check(config.stage_list[0].model)):
+        raise ConfigError([f"{problem}, which init_from names" for problem in problems])
+    return config
+
+
+def _image_tokenizer(tree: Item) -> TokenizerRun:
+    if "model" in tree.value:
         raise ConfigError(
             f"{tree.value['vqgan'].where}: sections model and vqgan in one config; a run trains a transformer (model)"
             " or an image tokenizer (vqgan): write two configs"
         )
+    return build(TokenizerRun, tree)
+
+
+def _open_start(tree: Item, open_start: OpenStart) -> Start | None:
+    """The published model that `init_from` names; None for a run's folder, and for what is not there (yet)."""
+    section = tree.value if isinstance(tree.value, dict) else {}
+    init_from, model = section.get("init_from"), section.get("model", Item({}, ""))
+    if init_from is None or not isinstance(init_from.value, str) or not Path(init_from.value).exists():
+        return None
+    heads = model.value.get("heads") if isinstance(model.value, dict) else None
     try:
-        return build(TokenizerRun, tree) if "vqgan" in tree.value else build(RunConfig, _expand(tree))
-    except ConfigError as error:
-        raise ConfigError(_without_repeats(error.problems)) from None
+        return open_start(init_from.value, heads.value if heads is not None else None)
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
+        raise ConfigError(f"{init_from.where}: init_from: {error}") from None
+
+
+def _inherit(tree: Item, start: Start) -> Item:
+    """The tree with what its sections `model` and `data` leave out taken from a published model."""
+    where = tree.value["init_from"].where
+    model, data = (tree.value.get(name, Item({}, where)) for name in ("model", "data"))
+    model = merge(to_item(start.inherited, where), _expand_size(model))
+    if isinstance(data.value, dict) and start.has_tokenizer and "tokenizer" not in data.value:
+        data = Item({**data.value, "tokenizer": to_item(str(start.path), where)}, data.where)
+    return Item({**tree.value, "model": model, "data": data}, tree.where)
 
 
 def _without_repeats(problems: list[str]) -> list[str]:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from ringjax import accelerator
 from ringjax.training import distributed
+from ringjax.training.begin import Begun, begin_from, check_same_base
 from ringjax.training.checkpoint import (
-    FOLDER,
     CheckpointError,
     CheckpointStore,
     check_same_arrays,
@@ -32,14 +32,16 @@ from ringjax.training.metrics import MetricsWriter
 from ringjax.training.plot import plot_loss
 from ringjax.training.progress import Quiet, format_count, make_display
 from ringjax.training.stage import StageLoop
+from ringjax.training.start import OpenStart
 from ringjax.training.stops import BadLoss, StopSignals
 from ringjax.training.task import Task, Trains, TrainState, count_parameters
 from ringjax.training.tasks import check_tasks, make_tasks
 
 
-def train(config: RunConfig | TokenizerRun) -> Path:
+def train(config: RunConfig | TokenizerRun, open_start: OpenStart | None = None) -> Path:
     """Train `config`, from its last checkpoint if there is one, and return the run's folder.
 
+    `open_start` (`ringjax.interop.start`) reads a published model, where `init_from` names one.
     Raises ConfigError before anything runs, Preempted after a signal (saved), BadLoss for NaN and spikes, and
     CheckpointError when a checkpoint cannot be written or is of another model.
     """
@@ -48,7 +50,7 @@ def train(config: RunConfig | TokenizerRun) -> Path:
     tasks = make_tasks(config)
     check_tasks(tasks, lambda task: task.check_devices(len(jax.devices())))
     check_tasks(tasks, lambda task: task.check_data())
-    with Run(config, tasks) as run, StopSignals() as signals, _debug(config):
+    with Run(config, tasks, open_start) as run, StopSignals() as signals, _debug(config):
         run.begin()
         for index in range(run.first_stage, len(config.stage_list)):
             run.stage(index, signals)
@@ -71,15 +73,18 @@ def _debug(config: RunConfig):
 class Run(contextlib.AbstractContextManager):
     """A run and its files; a stage at a time."""
 
-    def __init__(self, config: RunConfig | TokenizerRun, tasks: Sequence[Task]):
-        self.config, self.tasks = config, tasks
+    def __init__(
+        self, config: RunConfig | TokenizerRun, tasks: Sequence[Task], open_start: OpenStart | None = None
+    ):
+        self.config, self.tasks, self._open_start = config, tasks, open_start
         self.folder = Path(config.run_dir)
         self.is_main = distributed.is_main()
         logging = config.logging
         self.display: Quiet = make_display(logging.progress, logging.every, self.is_main, tasks[0].describe)
-        self.store = CheckpointStore(self.folder, config.checkpoint, self.display.say)
+        self.store = CheckpointStore(self.folder, config.checkpoint, self.display.say, self._starts()[1:])
         self.writer: MetricsWriter | None = None
         self.state: TrainState | None = None
+        self.base: dict[str, str] | None = None
         self.resumed: tuple[Path, dict[str, Any]] | None = None
         self.first_stage = 0
 
@@ -102,7 +107,9 @@ class Run(contextlib.AbstractContextManager):
         step = self.resumed[1]["step"] if self.resumed else 0
         self.first_stage = self._stage_of(step)
         if self.is_main:
-            _write_text(self.folder / "config.yaml", to_yaml(self.config))
+            _write(self.folder / "config.yaml", to_yaml(self.config).encode())
+            for name, content in self.tasks[-1].files().items():
+                _write(self.folder / name, content)
             self.writer = MetricsWriter(self.folder, step, self.config.logging.tensorboard)
         devices = jax.devices()
         self.display.say(f"{self.folder}: {len(devices)} × {devices[0].device_kind}, {jax.process_count()} process(es)")
@@ -157,48 +164,57 @@ class Run(contextlib.AbstractContextManager):
     def _enter(self, trainer: Trains, task: Task, start: int) -> TrainState:
         """The state at the beginning of a stage: restored, carried over from the stage before, or new."""
         if self.resumed is None:
-            return self._first_state(trainer) if self.state is None else self._carry(trainer, task, self.state)
+            return self._first_state(trainer, task) if self.state is None else self._carry(trainer, task, self.state)
         (path, info), self.resumed = self.resumed, None
         abstract = trainer.abstract
         check_same_arrays(info["parameters"], describe_arrays(abstract.params), str(path))
-        params = load_arrays(path, "params", abstract.params)
+        params, frozen = load_arrays(path, "params", abstract.params), self._frozen(trainer, task, info)
         step = jax.device_put(jnp.int32(info["step"]), abstract.step.sharding)
         if info["step"] == start and not task.stage.optimizer.carry:
-            return TrainState(step, params, trainer.fresh_optimizer(params))
+            return TrainState(step, params, trainer.fresh_optimizer(params), frozen)
         check_same_arrays(info["optimizer"], describe_arrays(abstract.optimizer), str(path), "optimizer")
-        return TrainState(step, params, load_arrays(path, "optimizer", abstract.optimizer))
+        return TrainState(step, params, load_arrays(path, "optimizer", abstract.optimizer), frozen)
 
-    def _first_state(self, trainer: Trains) -> TrainState:
+    def _first_state(self, trainer: Trains, task: Task) -> TrainState:
         if self.config.init_from is None:
             return trainer.init(self.config.seed)
-        found = distributed.same_on_all(self._find_first)
-        if found is None:
-            raise CheckpointError(f"init_from {self.config.init_from} holds no whole checkpoint; give a run's folder")
-        abstract = trainer.abstract
-        check_same_arrays(found[1], describe_arrays(abstract.params), found[0])
-        params = load_arrays(Path(found[0]), "params", abstract.params)
-        self.display.say(f"parameters from {found[0]}")
-        zero = jax.device_put(jnp.int32(0), abstract.step.sharding)
-        return TrainState(zero, params, trainer.fresh_optimizer(params))
+        begun = self._begin_from(trainer, task)
+        for line in begun.said:
+            self.display.say(line)
+        return task.first_state(trainer, begun.params, self.config.seed)
 
-    def _find_first(self) -> list | None:
-        found = last_whole(Path(self.config.init_from) / FOLDER, self.config.checkpoint.verify, self.display.say)
-        return None if found is None else [str(found[0]), found[1]["parameters"]]
+    def _frozen(self, trainer: Trains, task: Task, info: dict[str, Any]) -> Any:
+        """What a checkpoint does not hold, read again from where the run began; None for most runs."""
+        if trainer.abstract.frozen is None:
+            return None
+        begun = self._begin_from(trainer, task)
+        check_same_base(info["base"], begun.identity)
+        return task.first_state(trainer, begun.params, self.config.seed).frozen
+
+    def _begin_from(self, trainer: Trains, task: Task) -> Begun:
+        begun = begin_from(self.config, task, trainer, make_mesh(task.mesh_shape), self._open_start)
+        if trainer.abstract.frozen is not None:
+            self.base = begun.identity
+        return begun
 
     def _carry(self, trainer: Trains, task: Task, state: TrainState) -> TrainState:
         places = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract)
         params = jax.device_put(state.params, places.params)
         carry = task.stage.optimizer.carry
         moments = jax.device_put(state.optimizer, places.optimizer) if carry else trainer.fresh_optimizer(params)
-        return TrainState(jax.device_put(state.step, places.step), params, moments)
+        frozen = jax.device_put(state.frozen, places.frozen)
+        return TrainState(jax.device_put(state.step, places.step), params, moments, frozen)
 
     def _announce(self, task: Task, mesh, trainer: Trains) -> None:
         count = format_count(count_parameters(trainer.abstract.params))
         shape = " ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        if trainer.abstract.frozen is not None:
+            count = f"{count} of {format_count(count_parameters((trainer.abstract.params, trainer.abstract.frozen)))}"
         self.display.say(f"stage {task.stage.name}: {count} parameters, {task.amount()}, mesh {shape}")
 
 
-def _write_text(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -12,8 +12,9 @@ from ringjax.training.yaml_tree import ConfigError
 
 def make_tasks(config: RunConfig | TokenizerRun) -> tuple[Task, ...]:
     """One task for each stage of the run."""
-    kind = ImageTokenizerTask if isinstance(config, TokenizerRun) else TransformerTask
-    return tuple(kind(stage) for stage in config.stage_list)
+    if isinstance(config, TokenizerRun):
+        return tuple(ImageTokenizerTask(stage) for stage in config.stage_list)
+    return tuple(TransformerTask(stage, config.lora) for stage in config.stage_list)
 
 
 def check_tasks(tasks: Sequence[Task], check: Callable[[Task], None]) -> None:
