@@ -155,7 +155,8 @@ def _info(arguments: list[str]) -> int:
 
 
 def _tokenize(arguments: list[str]) -> int:
-    from ringjax.data.tokenize import TokenizeConfig, run_tokenize
+    from ringjax.data.tokenize import run_tokenize
+    from ringjax.data.tokenize_config import TokenizeConfig
     from ringjax.training.typed import build
     from ringjax.training.yaml_tree import Item, parse_value, to_item
 
