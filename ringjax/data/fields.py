@@ -75,7 +75,7 @@ class Field:
 
 def words(name: str) -> str | None:
     """The text of words in quotes; None for the name of a field."""
-    return json.loads(name) if name.startswith('"') else None
+    return json.loads(name, strict=False) if name.startswith('"') else None
 
 
 def parse(spec: str) -> tuple[Field, ...]:
@@ -106,7 +106,7 @@ def _whole(name: str, spec: str) -> str:
     """A name, or words in quotes that are JSON and nothing else."""
     if '"' in name:
         try:
-            empty = not json.loads(name)
+            empty = not json.loads(name, strict=False)
         except ValueError:
             raise ValueError(f'fields {spec!r}: {name} is neither a name nor words in quotes; write "Draw"+a') from None
         if empty:
