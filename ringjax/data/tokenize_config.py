@@ -24,7 +24,7 @@ class TokenizeConfig:
     fields: str | tuple[str, ...] | None = None
     """The example language for lines without `fields` of their own; a list: one is chosen a line."""
     tokenizer: str = "sample"
-    """`sample`, `bytes`, a tokenizer.json (or its folder), or a SentencePiece .model."""
+    """`sample`, `bytes`, a tokenizer.json (or its folder), a SentencePiece .model, or a .gguf file."""
     vision_tokenizer: str | None = None
     """A VQGAN .safetensors, or `sample` for the digits': turns the picture a line names into its field `vision`."""
     picture_key: str = "file"
