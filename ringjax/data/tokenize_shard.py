@@ -7,11 +7,11 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ringjax.data.bundles import Bundle, JoinAs, Part
+from ringjax.data.codes import vision_tokenizer_path
 from ringjax.data.errors import DataError
 from ringjax.data.example import Example
 from ringjax.data.fields import FieldEncoder, Spec
@@ -294,13 +294,6 @@ class PictureEncoder:
         """`[n, h, w]` codes of `[n, H, W]` or `[n, H, W, 3]` uint8 frames."""
         filled = np.resize(frames, (-len(frames) % self._at_once + len(frames), *frames.shape[1:]))
         return self._encode(self._model, filled, batch_size=self._at_once)[: len(frames)]
-
-
-def vision_tokenizer_path(name: str) -> Any:
-    """The file of an image tokenizer; `sample` is the digits' own."""
-    from ringjax.data import samples
-
-    return samples.path("digits_vqgan.safetensors") if name == "sample" else name
 
 
 def _is_frames(value: object) -> bool:

@@ -225,6 +225,12 @@ def restore_model(run_dir: str | Path, *, step: int | None = None, parallel: Any
     return model_config, nnx.merge(graph, load_arrays(path, "params", _placed(abstract, parallel)))
 
 
+def read_notes(run_dir: str | Path) -> dict[str, Any]:
+    """What the last whole checkpoint of a run says of its data, empty where there is none; no file but its list."""
+    found = last_whole(Path(run_dir).absolute() / FOLDER, verify=False, say=lambda line: None)
+    return {} if found is None else found[1].get("notes", {})
+
+
 def _placed(abstract: Any, parallel: Any) -> Any:
     if parallel is None or parallel.mesh is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])

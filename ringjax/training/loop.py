@@ -49,12 +49,24 @@ def train(config: RunConfig, open_start: OpenStart | None = None) -> Path:
     tasks = make_tasks(config)
     check_tasks(tasks, lambda task: task.check_devices(len(jax.devices())))
     check_tasks(tasks, lambda task: task.check_data())
+    _check_notes(tasks)
     with Run(config, tasks, open_start) as run, StopSignals() as signals, _debug(config):
         run.begin()
         for index in range(run.first_stage, len(config.stage_list)):
             run.stage(index, signals)
         run.finish()
     return run.folder
+
+
+def _check_notes(tasks: Sequence[Task]) -> None:
+    """That each stage can go on from the one before it, found at the start and not after a week."""
+    notes: dict[str, Any] = {}
+
+    def check(task: Task) -> None:
+        nonlocal notes
+        notes = task.noted(notes, "a stage before it")
+
+    check_tasks(tasks, check)
 
 
 @contextlib.contextmanager
@@ -83,6 +95,7 @@ class Run(contextlib.AbstractContextManager):
         self.state: TrainState | None = None
         self.resumed: tuple[Path, dict[str, Any]] | None = None
         self.first_stage = 0
+        self.notes: dict[str, Any] = {}
 
     def __exit__(self, *error):
         try:
@@ -160,8 +173,12 @@ class Run(contextlib.AbstractContextManager):
     def _enter(self, trainer: Trains, task: Task, start: int) -> TrainState:
         """The state at the beginning of a stage: restored, carried over from the stage before, or new."""
         if self.resumed is None:
-            return self._first_state(trainer, task) if self.state is None else self._carry(trainer, task, self.state)
+            if self.state is None:
+                return self._first_state(trainer, task)
+            self.notes = task.noted(self.notes, "the stage before")
+            return self._carry(trainer, task, self.state)
         (path, info), self.resumed = self.resumed, None
+        self.notes = task.noted(info.get("notes", {}), str(path))
         abstract = trainer.abstract
         check_same_arrays(info["parameters"], describe_arrays(abstract.params), str(path))
         params = load_arrays(path, "params", abstract.params)
@@ -172,6 +189,7 @@ class Run(contextlib.AbstractContextManager):
         return TrainState(step, params, load_arrays(path, "optimizer", abstract.optimizer))
 
     def _first_state(self, trainer: Trains, task: Task) -> TrainState:
+        self.notes = task.noted({}, "")
         if self.config.init_from is None:
             return trainer.init(self.config.seed)
         params, said = self._first_params(trainer, task)
@@ -189,12 +207,13 @@ class Run(contextlib.AbstractContextManager):
         if found is None:
             raise CheckpointError(f"init_from {self.config.init_from} holds no whole checkpoint; give a run's folder")
         abstract = trainer.abstract
+        self.notes = task.noted(found[2], f"init_from {found[0]}")
         check_same_arrays(found[1], describe_arrays(abstract.params), found[0])
         return load_arrays(Path(found[0]), "params", abstract.params), [f"parameters from {found[0]}"]
 
     def _find_first(self) -> list | None:
         found = last_whole(Path(self.config.init_from) / FOLDER, self.config.checkpoint.verify, self.display.say)
-        return None if found is None else [str(found[0]), found[1]["parameters"]]
+        return None if found is None else [str(found[0]), found[1]["parameters"], found[1].get("notes", {})]
 
     def _carry(self, trainer: Trains, task: Task, state: TrainState) -> TrainState:
         places = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract)

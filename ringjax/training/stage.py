@@ -110,6 +110,7 @@ class StageLoop:
             "parameters": describe_arrays(state.params),
             "optimizer": describe_arrays(state.optimizer),
             "losses": self.guard.losses,
+            "notes": self.owner.notes,
         }
         self.owner.store.save(step, {"params": state.params, "optimizer": state.optimizer}, info)
         if self.feed.skipped != self.skipped:

@@ -103,6 +103,14 @@ class Task(abc.ABC):
         """What the run's folder holds so that it can be used elsewhere: paths in it, and contents."""
         return {}
 
+    def noted(self, before: dict[str, Any], where: str) -> dict[str, Any]:
+        """What checkpoints of this stage say of the data beside the place in it, JSON-able.
+
+        `before` is what was said at `where`, a checkpoint that this stage goes on from; raises ValueError where that
+        cannot be.
+        """
+        return before
+
     def first_params(self, start: Start, mesh: Mesh, seed: int) -> tuple[Any, list[str]]:
         """The parameters from a published model, where they live, and lines worth saying."""
         raise NotImplementedError(f"init_from {start.path} is a language model; this run trains something else")
