@@ -1,7 +1,6 @@
 """`ringjax eval needle | ruler | perplexity MODEL`: from options to a report."""
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,8 @@ from ringjax.evaluation.ruler_qa import read_passages
 from ringjax.evaluation.run_questions import check_questions, run_questions
 from ringjax.evaluation.summary import markdown, summarise
 from ringjax.inference.text_model import TextModel
-from ringjax.interop.published import open_published
+from ringjax.interop.published import Published
+from ringjax.interop.runs import open_model
 from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
 from ringjax.training.mesh import make_mesh, simulate_devices
@@ -33,6 +33,7 @@ KINDS: Mapping[str, type[EvalConfig]] = {"needle": NeedleConfig, "ruler": RulerC
 _FREE = (
     "model", "output", "lengths", "method", "haystack", "depths", "per_cell", "per_task", "tasks", "qa", "mesh",
     "layout", "strategy", "backend", "simulated_devices", "progress", "rows", "allow_beyond", "template", "dtype",
+    "stage", "adapter",
 )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def run_perplexity(config: PerplexityConfig, methods: Methods, haystack: Haystac
 
 
 def _open_model(config: EvalConfig) -> Methods:
-    description = open_published(config.model).description
+    description = _opened(config).description
     context, changes = float(description.context), {}
     if config.rope_scaling is not None:
         original = None if config.rope_scaling == "linear" else description.context
@@ -103,8 +104,13 @@ def _open_model(config: EvalConfig) -> Methods:
         parallel = Parallel(make_mesh(config.mesh), config.layout, config.strategy, config.backend)
     template = getattr(config, "template", None)
     template = None if template in (LWM, NONE, CHAT) else template
-    model = TextModel.load(config.model, parallel=parallel, dtype=config.dtype, template=template, changes=changes)
+    options = dict(dtype=config.dtype, template=template, changes=changes)
+    model = TextModel.load(config.model, parallel=parallel, stage=config.stage, adapter=config.adapter, **options)
     return Methods(model, config.options(), context)
+
+
+def _opened(config: EvalConfig) -> Published:
+    return open_model(config.model, config.stage, config.adapter)
 
 
 def _task(config: QuestionConfig, model: TextModel, haystack: Haystack, texts: list[str]) -> Task:
@@ -124,7 +130,7 @@ def _task(config: QuestionConfig, model: TextModel, haystack: Haystack, texts: l
 def _asked(config: EvalConfig, texts: list[str], model: TextModel) -> dict[str, Any]:
     """What decides the answers to the questions of a grid."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
-    asked |= {"model": model_fingerprint(config.model), "haystack": text_fingerprint(texts)}
+    asked |= {"model": _opened(config).fingerprint, "haystack": text_fingerprint(texts)}
     asked["dtype"] = model.model.config.dtype
     template = getattr(config, "template", None)
     if template is not None:
@@ -142,16 +148,3 @@ def _about(config: EvalConfig) -> dict[str, Any]:
 
     device = jax.devices()[0]
     return {"ringjax": __version__, "device": device.device_kind, "options": dataclasses.asdict(config)}
-
-
-def model_fingerprint(path: str) -> str:
-    """A short name of a model's files: their names, sizes, beginnings and ends (not all of what may be terabytes)."""
-    source, size = Path(path), 1 << 16
-    digest = hashlib.sha256()
-    for file in [source] if source.is_file() else sorted(f for f in source.iterdir() if f.is_file()):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with open(file, "rb") as data:
-            digest.update(data.read(size))
-            data.seek(max(0, file.stat().st_size - size))
-            digest.update(data.read(size))
-    return digest.hexdigest()[:16]

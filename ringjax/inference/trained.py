@@ -22,10 +22,11 @@ from ringjax.inference.pieces import Piece, Text
 from ringjax.inference.run_prompts import RunPrompts
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.stop_tokens import stop_token_ids
+from ringjax.interop.runs import load_run
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
 from ringjax.models.vqgan import VQGAN, decode_pictures, encode_pictures, load_vqgan, vqgan_fingerprint
-from ringjax.training.checkpoint import read_notes, restore_model
+from ringjax.training.checkpoint import read_notes
 from ringjax.training.load import load_config
 from ringjax.training.run_folder import CODES_OF, own_tokenizer
 
@@ -70,7 +71,7 @@ class TrainedRun:
         if not (run_dir / "config.yaml").is_file():
             raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.yaml; train first (ringjax train)")
         config = load_config(run_dir / "config.yaml")
-        _, model = restore_model(run_dir, parallel=parallel)
+        _, model = load_run(run_dir, parallel=parallel)
         data = own_tokenizer(run_dir, config.stage_list[-1].data)
         return cls(model, data, parallel, image_tokenizer, prompt_form, read_notes(run_dir).get(CODES_OF))
 

@@ -43,6 +43,7 @@ class Vocabulary:
         # What the tokenizer itself puts before a text: its post-processor knows, or the settings say so.
         first = special.encode("", add_special_tokens=True).ids
         begins = bos is not None and (first[:1] == [bos] or bool(published.settings.get("add_bos_token")))
+        begins = begins if published.begins is None else published.begins
         return cls(
             lambda text: plain.encode(text, add_special_tokens=False).ids,
             lambda text: special.encode(text, add_special_tokens=False).ids,

@@ -2,13 +2,12 @@
 
     encoder/DownsamplingBlock_0/ResnetBlock_1/Conv_0/kernel      encoder.levels[0].blocks[1].conv1.kernel
     decoder/UpsamplingBlock_2/Upsample_0/Conv_0/bias             decoder.levels[2].resize.conv.bias
-    quantize/embeddings                                          codebook
+    quantize/embeddings                                          codebook (none with finite scalar quantization)
 """
 
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -67,7 +66,7 @@ def named_tensors(model: VQGAN) -> dict[str, np.ndarray]:
 def save_vqgan(model: VQGAN, path: str | os.PathLike) -> None:
     """Write the model; the file appears whole or not at all."""
     path = Path(path)
-    content = save(named_tensors(model), metadata={HEADER_KEY: json.dumps(asdict(model.config), sort_keys=True)})
+    content = save(named_tensors(model), metadata={HEADER_KEY: json.dumps(model.config.plain(), sort_keys=True)})
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_bytes(content)
     os.replace(unfinished, path)
@@ -97,7 +96,7 @@ def load_vqgan(path: str | os.PathLike) -> VQGAN:
 
 def vqgan_fingerprint(model: VQGAN) -> str:
     """SHA-256 over config and weights: equal exactly when two tokenizers give the same codes for the same reason."""
-    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(model.config.plain(), sort_keys=True).encode())
     for name, tensor in named_tensors(model).items():
         digest.update(f"{name}{tensor.shape}".encode())
         digest.update(tensor.astype("<f4").tobytes())
