@@ -22,6 +22,7 @@ from ringjax.inference.pieces import Piece, Text
 from ringjax.inference.run_prompts import RunPrompts
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.stop_tokens import stop_token_ids
+from ringjax.interop.release import is_release, load_release
 from ringjax.interop.runs import load_run
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
@@ -63,10 +64,13 @@ class TrainedRun:
         image_tokenizer: str | None = None,
         prompt_form: PromptForm = "own",
     ) -> "TrainedRun":
-        """The last whole checkpoint of a run.
+        """The last whole checkpoint of a run, or a released model (`ringjax.interop.release`).
 
         Raises CheckpointError where there is none, FileNotFoundError where there is no such folder.
         """
+        if is_release(run_dir):
+            released = load_release(run_dir, parallel)
+            return cls(released.model, released.data, parallel, image_tokenizer, prompt_form, released.codes_of)
         run_dir = Path(run_dir)
         if not (run_dir / "config.yaml").is_file():
             raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.yaml; train first (ringjax train)")
