@@ -158,7 +158,8 @@ def _info(arguments: list[str]) -> int:
 
 
 def _tokenize(arguments: list[str]) -> int:
-    from ringjax.data.tokenize import TokenizeConfig, run_tokenize
+    from ringjax.data.tokenize import run_tokenize
+    from ringjax.data.tokenize_config import TokenizeConfig
     from ringjax.training.typed import build
     from ringjax.training.yaml_tree import Item, parse_value, to_item
 
@@ -166,10 +167,17 @@ def _tokenize(arguments: list[str]) -> int:
         usage = "ringjax tokenize INPUT … --output FOLDER"
         print_help(TokenizeConfig(("INPUT",), "FOLDER"), usage, "Text, pictures and clips to a data set.")
     flags = [field.name for field in dataclasses.fields(TokenizeConfig) if field.type is bool]
-    inputs, pairs = split_overrides(arguments, flags)
-    values = {key: parse_value(value, f"--{key}") for key, value in pairs}
-    if inputs:
-        values["inputs"] = to_item(inputs, "command line")
+    words = [field.name for field in dataclasses.fields(TokenizeConfig) if "str" in str(field.type)]
+    lists = ("inputs", "fields")
+    inputs, pairs = split_overrides(arguments, flags, lists)
+    # Words are taken as they are: "[vision],caption" would be a list in YAML.
+    values = {
+        key: to_item(value, f"--{key}") if key in words and value != "null" else parse_value(value, f"--{key}")
+        for key, value in pairs
+    }
+    given = {name: [value for key, value in pairs if key == name] for name in lists}
+    given["inputs"] += inputs
+    values |= {name: to_item(found, "command line") for name, found in given.items() if found}
     print(run_tokenize(build(TokenizeConfig, Item(values, "command line"))))
     return OK
 
