@@ -1,4 +1,4 @@
-"""`ringjax eval needle | ruler | perplexity MODEL`: from options to a report."""
+"""`ringjax eval needle | ruler | perplexity MODEL`: from options to a report; what is about pictures is handed on."""
 
 import dataclasses
 import hashlib
@@ -22,13 +22,16 @@ from ringjax.evaluation.ruler import RulerTask
 from ringjax.evaluation.ruler_qa import read_passages
 from ringjax.evaluation.run_questions import check_questions, run_questions
 from ringjax.evaluation.summary import markdown, summarise
+from ringjax.evaluation.vision_command import VISION_KINDS, run_vision
+from ringjax.evaluation.vision_config import VisionConfig
 from ringjax.inference.text_model import TextModel
 from ringjax.interop.published import open_published
 from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
 from ringjax.training.mesh import make_mesh, simulate_devices
 
-KINDS: Mapping[str, type[EvalConfig]] = {"needle": NeedleConfig, "ruler": RulerConfig, "perplexity": PerplexityConfig}
+_TEXT_KINDS = {"needle": NeedleConfig, "ruler": RulerConfig, "perplexity": PerplexityConfig}
+KINDS: Mapping[str, type[EvalConfig | VisionConfig]] = {**_TEXT_KINDS, **VISION_KINDS}
 # What may differ when an evaluation goes on: the grid can grow, and results do not depend on the mesh.
 _FREE = (
     "model", "output", "lengths", "method", "haystack", "depths", "per_cell", "per_task", "tasks", "qa", "mesh",
@@ -36,17 +39,19 @@ _FREE = (
 )  # fmt: skip
 
 
-def run_eval(config: EvalConfig) -> str:
+def run_eval(config: EvalConfig | VisionConfig) -> str:
     """Asks what was not answered yet, writes the report; gives what to print.
 
     Raises ValueError, FileNotFoundError, NotImplementedError or ImportError before the first question where something
     is wrong or missing.
     """
+    if isinstance(config, VisionConfig):
+        return run_vision(config)
     simulate_devices(config.simulated_devices)
     texts = read_texts(config.haystack)
     methods = _open_model(config)
     haystack = Haystack.of(texts, methods.model.vocabulary, config.repeat_haystack)
-    kind = next(name for name, cls in KINDS.items() if isinstance(config, cls))
+    kind = next(name for name, cls in _TEXT_KINDS.items() if isinstance(config, cls))
     title = f"{kind}: {Path(config.model).stem}"
     asked = {"evaluation": kind, **_asked(config, texts, methods.model)}
     if isinstance(config, QuestionConfig):

@@ -1,0 +1,111 @@
+"""`ringjax eval captions | drawings | gallery RUN`: from options to a report."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ringjax.evaluation.captions import run_captions
+from ringjax.evaluation.choice_report import choice_lines, choice_markdown, write_choices
+from ringjax.evaluation.choices import require_choices
+from ringjax.evaluation.drawings import require_same_pictures, run_drawings
+from ringjax.evaluation.gallery import write_gallery
+from ringjax.evaluation.heldout import HeldOut
+from ringjax.evaluation.results import Results
+from ringjax.evaluation.vision_config import (
+    CaptionsConfig,
+    ChoiceConfig,
+    DrawingsConfig,
+    GalleryConfig,
+    VisionConfig,
+)
+from ringjax.inference.trained import TrainedRun
+from ringjax.interop.published import is_published
+from ringjax.models.parallel import Parallel
+from ringjax.models.transformer import with_config
+from ringjax.training.checkpoint import FOLDER, step_folders
+from ringjax.training.manifest import NAME as MANIFEST
+
+VISION_KINDS = {"captions": CaptionsConfig, "drawings": DrawingsConfig, "gallery": GalleryConfig}
+# What may differ when an evaluation goes on: results depend on neither the mesh nor names of files, and count can grow.
+_FREE = (
+    "model", "output", "data", "kinds", "count", "caption_key", "picture_key", "image_tokenizer", "judge",
+    "judge_image_tokenizer", "mesh", "layout", "simulated_devices", "progress", "dtype", "fit",
+)  # fmt: skip
+
+
+def run_vision(config: VisionConfig) -> str:
+    """Asks what was not answered yet, writes the report; gives what to print.
+
+    Raises ValueError, FileNotFoundError or CheckpointError before the first question where something is wrong.
+    """
+    parallel = config.parallel()
+    run = open_run(config, config.model, config.image_tokenizer, parallel)
+    heldout = HeldOut.open(run, config)
+    if isinstance(config, GalleryConfig):
+        return "\n".join(write_gallery(config, heldout))
+    return _choose(config, heldout, parallel)
+
+
+def open_run(config: VisionConfig, folder: str, image_tokenizer: str | None, parallel: Parallel) -> TrainedRun:
+    """A run's last whole checkpoint, in the type of the config. Raises ValueError for a model without pictures."""
+    if Path(folder).exists() and is_published(folder):
+        raise ValueError(
+            f"{folder} is a published model, which knows no codes of pictures; give a run of ringjax train"
+        )
+    run = TrainedRun.load(folder, parallel=parallel, image_tokenizer=image_tokenizer, prompt_form=config.prompt_form)
+    run.require_vision()
+    if config.dtype is None:
+        return run
+    return dataclasses.replace(run, model=with_config(run.model, dtype=config.dtype))
+
+
+def _choose(config: ChoiceConfig, heldout: HeldOut, parallel: Parallel) -> str:
+    kind = next(name for name, cls in VISION_KINDS.items() if isinstance(config, cls))
+    lines = heldout.chosen(config.count)
+    require_choices(heldout, lines, config.choices)
+    judge = heldout.run
+    if isinstance(config, DrawingsConfig):
+        if config.judge is not None:
+            judge = open_run(config, config.judge, config.judge_image_tokenizer or config.image_tokenizer, parallel)
+        require_same_pictures(heldout.run, judge, config.see)
+    codes = heldout.codes(lines)
+    asked = {"evaluation": kind, **_asked(config, heldout)}
+    with Results(config.output, asked, _about(config)) as results:
+        if results.dropped:
+            print(f"{results.path}: the last line was cut; what it held is asked again", flush=True)
+        if isinstance(config, DrawingsConfig):
+            run_drawings(config, heldout, judge, lines, codes, results)
+        else:
+            run_captions(config, heldout, lines, codes, results)
+    files = write_choices(results, f"{kind}: {Path(config.model).name}", config.by)
+    table = choice_markdown(choice_lines(results.records), config.by)
+    return "\n".join([table, "", *(str(file) for file in [results.path, *files])])
+
+
+def _asked(config: ChoiceConfig, heldout: HeldOut) -> dict[str, Any]:
+    """What decides the answers."""
+    asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    asked |= {"run": run_fingerprint(config.model), "dtype": heldout.run.model.config.dtype}
+    asked["heldout"] = heldout.fingerprint
+    if isinstance(config, DrawingsConfig):
+        # A drawing's random numbers are those of its place in its batch.
+        asked |= {"count": config.count, "kinds": config.kinds, "judge": run_fingerprint(config.judge or config.model)}
+    return asked
+
+
+def run_fingerprint(folder: str | Path) -> str:
+    """A short name of a run's last checkpoint: the checksum of its manifest, which holds those of its files."""
+    for _, path in step_folders(Path(folder) / FOLDER):
+        if (path / MANIFEST).is_file():
+            return json.loads((path / MANIFEST).read_text("utf-8").partition("\n")[0])["sha256"][:16]
+    return "none"
+
+
+def _about(config: VisionConfig) -> dict[str, Any]:
+    from ringjax import __version__
+
+    device = jax.devices()[0]
+    return {"ringjax": __version__, "device": device.device_kind, "options": dataclasses.asdict(config)}
