@@ -115,6 +115,6 @@ def choice_record(
         "right": {name: found == choices.right for name, found in picked.items()},
         "answers": [choices.captions[choices.right]], "text": choices.captions[picked[by]],
         "choices": list(choices.captions), "log_likelihoods": [round(float(x), 4) for x in verdict.sums],
-        "tokens": verdict.tokens.tolist(), "alone": [round(float(x), 4) for x in verdict.alone],
+        "answer_tokens": verdict.tokens.tolist(), "alone": [round(float(x), 4) for x in verdict.alone],
         "seconds": round(seconds, 4), "compiled": compiled,
     }  # fmt: skip

@@ -1,7 +1,8 @@
-"""`ringjax eval captions | drawings | gallery RUN`: from options to a report."""
+"""`ringjax eval captions | drawings | gallery | video_needle RUN`: from options to a report."""
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,38 @@ from ringjax.evaluation.captions import run_captions
 from ringjax.evaluation.choice_report import choice_lines, choice_markdown, write_choices
 from ringjax.evaluation.choices import require_choices
 from ringjax.evaluation.drawings import require_same_pictures, run_drawings
+from ringjax.evaluation.eval_report import write_report
 from ringjax.evaluation.gallery import write_gallery
 from ringjax.evaluation.heldout import HeldOut
 from ringjax.evaluation.results import Results
+from ringjax.evaluation.summary import markdown, summarise
+from ringjax.evaluation.video_needle import VideoNeedleTask, run_video_needle
 from ringjax.evaluation.vision_config import (
     CaptionsConfig,
     ChoiceConfig,
     DrawingsConfig,
     GalleryConfig,
+    VideoNeedleConfig,
     VisionConfig,
 )
 from ringjax.inference.trained import TrainedRun
 from ringjax.interop.published import is_published
+from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import with_config
 from ringjax.training.checkpoint import FOLDER, step_folders
+from ringjax.training.load import load_config
 from ringjax.training.manifest import NAME as MANIFEST
 
-VISION_KINDS = {"captions": CaptionsConfig, "drawings": DrawingsConfig, "gallery": GalleryConfig}
+VISION_KINDS: Mapping[str, type[VisionConfig]] = {
+    "captions": CaptionsConfig, "drawings": DrawingsConfig, "gallery": GalleryConfig,
+    "video_needle": VideoNeedleConfig,
+}  # fmt: skip
 # What may differ when an evaluation goes on: results depend on neither the mesh nor names of files, and count can grow.
 _FREE = (
     "model", "output", "data", "kinds", "count", "caption_key", "picture_key", "image_tokenizer", "judge",
-    "judge_image_tokenizer", "mesh", "layout", "simulated_devices", "progress", "dtype", "fit",
+    "judge_image_tokenizer", "mesh", "layout", "simulated_devices", "progress", "dtype", "fit", "lengths", "depths",
+    "per_cell", "allow_beyond",
 )  # fmt: skip
 
 
@@ -46,6 +57,8 @@ def run_vision(config: VisionConfig) -> str:
     heldout = HeldOut.open(run, config)
     if isinstance(config, GalleryConfig):
         return "\n".join(write_gallery(config, heldout))
+    if isinstance(config, VideoNeedleConfig):
+        return _find_needles(config, heldout)
     return _choose(config, heldout, parallel)
 
 
@@ -57,9 +70,42 @@ def open_run(config: VisionConfig, folder: str, image_tokenizer: str | None, par
         )
     run = TrainedRun.load(folder, parallel=parallel, image_tokenizer=image_tokenizer, prompt_form=config.prompt_form)
     run.require_vision()
-    if config.dtype is None:
-        return run
-    return dataclasses.replace(run, model=with_config(run.model, dtype=config.dtype))
+    changes = {} if config.dtype is None else {"dtype": config.dtype}
+    if isinstance(config, VideoNeedleConfig):
+        changes |= _longer(config)
+    return dataclasses.replace(run, model=with_config(run.model, **changes)) if changes else run
+
+
+def _longer(config: VideoNeedleConfig) -> dict[str, Any]:
+    """What changes of the model's RoPE. Raises ValueError for lengths beyond what the model was trained for."""
+    context = load_config(Path(config.model) / "config.yaml").stage_list[-1].training.seq_len
+    reached, changes = context * (config.rope_factor or 1), {}
+    beyond = max(config.lengths)
+    if beyond > reached and config.rope_theta is None and not config.allow_beyond:
+        raise ValueError(
+            f"length {beyond} is beyond the rows of {reached:g} tokens that {config.model} was trained on; stretch its"
+            " RoPE (--rope_theta, or --rope_scaling and --rope_factor), or see what happens with --allow_beyond true"
+        )
+    if config.rope_theta is not None:
+        changes["rope_theta"] = config.rope_theta
+    if config.rope_scaling is not None:
+        original = None if config.rope_scaling == "linear" else context
+        changes["rope_scaling"] = RopeScaling(config.rope_scaling, config.rope_factor, original)
+    return changes
+
+
+def _find_needles(config: VideoNeedleConfig, heldout: HeldOut) -> str:
+    haystack = heldout
+    if config.haystack is not None:
+        haystack = HeldOut.open(heldout.run, dataclasses.replace(config, data=config.haystack))
+    task = VideoNeedleTask(config, heldout, haystack)
+    for length in config.lengths:  # what would fail hours later
+        task.ask(task.cells(length)[0])
+    asked = {"evaluation": "video_needle", **_asked(config, heldout), "haystack": haystack.fingerprint}
+    with Results(config.output, asked, _about(config)) as results:
+        run_video_needle(config, task, results)
+    files = write_report(results, f"needle in a video: {Path(config.model).name}")
+    return "\n".join([markdown(summarise(results.records)), "", *(str(file) for file in [results.path, *files])])
 
 
 def _choose(config: ChoiceConfig, heldout: HeldOut, parallel: Parallel) -> str:
@@ -85,7 +131,7 @@ def _choose(config: ChoiceConfig, heldout: HeldOut, parallel: Parallel) -> str:
     return "\n".join([table, "", *(str(file) for file in [results.path, *files])])
 
 
-def _asked(config: ChoiceConfig, heldout: HeldOut) -> dict[str, Any]:
+def _asked(config: VisionConfig, heldout: HeldOut) -> dict[str, Any]:
     """What decides the answers."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     asked |= {"run": run_fingerprint(config.model), "dtype": heldout.run.model.config.dtype}

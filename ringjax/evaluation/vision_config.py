@@ -1,4 +1,4 @@
-"""The options of `ringjax eval captions | drawings | gallery`: how well a run reads and writes pictures and clips."""
+"""The options of `ringjax eval captions | drawings | gallery | video_needle`: how well a run sees and draws."""
 
 import dataclasses
 from pathlib import Path
@@ -155,6 +155,60 @@ class DrawingsConfig(DrawingOptions, ChoiceConfig):
                 f"judge_image_tokenizer {self.judge_image_tokenizer} without a judge; name one with --judge, or leave"
                 " it out"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoNeedleConfig(VisionConfig):
+    """A needle in a video: a clip of another concept in a long video of a few; is its caption found among ten?"""
+
+    output: str = "runs/eval_video_needle"
+    """Folder for results.jsonl, pictures and report; an evaluation that was interrupted goes on there."""
+    kinds: tuple[Kind, ...] = ("clips",)
+    """Clips alone."""
+    haystack: str | None = None
+    """Another .jsonl, whose clips make the long video; null: clips of `data`."""
+    lengths: tuple[int, ...] = (4096, 8192, 16384, 32768)
+    """Tokens of a prompt at most, video and question; met to the frame."""
+    depths: tuple[float, ...] = (0, 25, 50, 75, 100)
+    """Percent of the video before the needle, to the nearest clip."""
+    per_cell: int = 4
+    """Videos at each length and depth."""
+    concepts: int = 4
+    """Different clips that the long video is made of, again and again in any order."""
+    choices: int = 10
+    """Captions to pick from: the needle's, and others of clips that are not in the video."""
+    prompt: str = "What else appears in the video?"
+    """What is asked after the video."""
+    rope_theta: float | None = None
+    """RoPE's base; null: the run's."""
+    rope_scaling: Literal["yarn", "linear"] | None = None
+    """RoPE's rule; null: the run's."""
+    rope_factor: float | None = None
+    """Of rope_scaling: new context over that of training."""
+    allow_beyond: bool = False
+    """Whether lengths beyond the rows of training are asked as they are."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.kinds == ("clips",), f"kinds {' '.join(self.kinds)}: a video is made of clips alone")
+        _require(self.count is None, f"count {self.count}: say how many with --per_cell")
+        _require(bool(self.lengths) and min(self.lengths) >= 2, f"lengths {self.lengths} must be numbers of at least 2")
+        _require(
+            bool(self.depths) and all(0 <= depth <= 100 for depth in self.depths),
+            f"depths {self.depths} must be percents, 0 to 100",
+        )
+        for name in ("lengths", "depths"):
+            given = getattr(self, name)
+            _require(len(set(given)) == len(given), f"{name} {' '.join(map(str, given))}: each once")
+        for name, least in (("per_cell", 1), ("concepts", 1), ("choices", 2)):
+            _require(getattr(self, name) >= least, f"{name} {getattr(self, name)} must be at least {least}")
+        _require(
+            (self.rope_scaling is None) == (self.rope_factor is None),
+            f"rope_scaling {self.rope_scaling} and rope_factor {self.rope_factor} belong together; set both or neither",
+        )
+        _require(
+            self.rope_factor is None or self.rope_factor >= 1, f"rope_factor {self.rope_factor} must be at least 1"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
