@@ -103,15 +103,16 @@ def _nearest(name: str, choices) -> str:
 
 def _load(arguments: list[str], command: str):
     """The config named on the command line with its overrides; prints the help and leaves for `--help`."""
+    from ringjax.interop.start import open_start
     from ringjax.training.load import load_config
 
     wants_help = any(argument in ("-h", "--help") for argument in arguments)
     positional, pairs = split_overrides([a for a in arguments if a not in ("-h", "--help")])
     if wants_help:
-        _config_help(command, load_config(positional[0], pairs) if positional else None)
+        _config_help(command, load_config(positional[0], pairs, open_start) if positional else None)
     if len(positional) != 1:
         raise UsageError(f"ringjax {command} takes one CONFIG, not {len(positional)}: {' '.join(positional) or 'none'}")
-    return load_config(positional[0], pairs)
+    return load_config(positional[0], pairs, open_start)
 
 
 def _config_help(command: str, config) -> NoReturn:
@@ -125,9 +126,10 @@ def _config_help(command: str, config) -> NoReturn:
 
 def _train(arguments: list[str]) -> int:
     config = _load(arguments, "train")
+    from ringjax.interop.start import open_start
     from ringjax.training.loop import train
 
-    train(config)
+    train(config, open_start)
     return OK
 
 
@@ -155,7 +157,8 @@ def _info(arguments: list[str]) -> int:
 
 
 def _tokenize(arguments: list[str]) -> int:
-    from ringjax.data.tokenize import TokenizeConfig, run_tokenize
+    from ringjax.data.tokenize import run_tokenize
+    from ringjax.data.tokenize_config import TokenizeConfig
     from ringjax.training.typed import build
     from ringjax.training.yaml_tree import Item, parse_value, to_item
 
@@ -292,9 +295,11 @@ def _bench_train(arguments: list[str]) -> int:
     if len(positional) != 1:
         found = " ".join(positional) or "none"
         raise UsageError(f"ringjax bench train takes one CONFIG, not {len(positional)}: {found}")
+    from ringjax.interop.start import open_start
     from ringjax.training.load import load_config
 
-    run = load_config(positional[0], [(key, value) for key, value in pairs if not key.startswith("bench.")])
+    overrides = [(key, value) for key, value in pairs if not key.startswith("bench.")]
+    run = load_config(positional[0], overrides, open_start)
     from ringjax.benchmarks.command import bench_train
 
     return OK if bench_train(run, config, ["bench", "train", *arguments]) else FAILED

@@ -36,7 +36,7 @@ class DataConfig:
     heldout: tuple[SourceConfig, ...] = ()
     """What is evaluated on; empty: the held-out part of the samples among the sources."""
     tokenizer: str = "sample"
-    """`sample`, `bytes`, a tokenizer.json (or its folder), or a SentencePiece .model."""
+    """`sample`, `bytes`, a tokenizer.json (or its folder), a SentencePiece .model, or the .gguf file of a model."""
     codes_per_frame: int = 256
     """Codes of one picture or frame: 256 for LWM, 16 for the digits."""
     vision_codes: int = 8192

@@ -4,18 +4,30 @@
     sample                the byte-level BPE of the sample data, 512 ids
     …/tokenizer.json      any Hugging Face tokenizers file, or the folder that holds one
     …/tokenizer.model     SentencePiece (needs the extra `sentencepiece`)
+    ….gguf                the tokenizer inside a model of llama.cpp's
 
 None of them adds a begin or end token on its own: the example language says where they stand. Text never turns
 into a special token: `</s>` in a document is five characters.
+
+Begin, end and padding token of a tokenizer.json are those with the usual names, except where a tokenizer_config.json
+beside it (or the GGUF file) says otherwise: the end token is its `eos_token`, and its `bos_token` begins examples only
+where the model's own tokenizer puts it (`add_bos_token`): that of SmolLM2-Instruct, `<|im_start|>`, begins a turn.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+from ringjax.data import gguf_header
 
 VISION_START = "<vision>"
 VISION_END = "</vision>"
+
+CONTENT, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+FILES = (CONTENT, "tokenizer.model", SETTINGS, "special_tokens_map.json", "chat_template.jinja")
+"""What a folder with a tokenizer may hold."""
 
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "<bos>", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "[EOS]", "<eos>", "<|im_end|>", "<|endoftext|>")
@@ -63,13 +75,47 @@ def load_tokenizer(spec: str) -> TextTokenizer:
     path = Path(spec)
     if path.is_dir():
         path = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), path)
+    kinds = "give 'sample', 'bytes', a .json, .model or .gguf file"
     if not path.exists():
-        raise FileNotFoundError(f"tokenizer {spec!r} does not exist; give 'sample', 'bytes', a .json or a .model file")
+        raise FileNotFoundError(f"tokenizer {spec!r} does not exist; {kinds}")
     if path.suffix == ".json":
         return JsonTokenizer(path)
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
-    raise ValueError(f"tokenizer {spec!r} is of no known kind; give 'sample', 'bytes', a .json or a .model file")
+    if path.suffix == gguf_header.SUFFIX:
+        files = gguf_files(path)
+        return JsonTokenizer(path, files[CONTENT].encode(), json.loads(files[SETTINGS]))
+    raise ValueError(f"tokenizer {spec!r} is of no known kind; {kinds}")
+
+
+def tokenizer_files(spec: str) -> dict[str, bytes]:
+    """The files of the tokenizer that `spec` names, by name: what a folder needs to be such a tokenizer itself.
+
+    `bytes` needs none. Raises as `load_tokenizer` does for what is not there.
+    """
+    if spec == "bytes":
+        return {}
+    if spec == "sample":
+        from ringjax.data import samples
+
+        return {CONTENT: samples.path("prose_tokenizer.json").read_bytes()}
+    path = Path(spec)
+    if path.suffix == gguf_header.SUFFIX:
+        return {name: text.encode() for name, text in gguf_files(path).items()}
+    if path.is_dir():
+        return {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
+    name = "tokenizer.model" if path.suffix == ".model" else CONTENT
+    beside = [path.parent / more for more in FILES[2:]]
+    return {name: path.read_bytes()} | {file.name: file.read_bytes() for file in beside if file.is_file()}
+
+
+def gguf_files(path: Path) -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json of the tokenizer in a GGUF file, as texts."""
+    from ringjax.data.gguf_tokenizer import tokenizer_json, tokenizer_settings
+
+    header = gguf_header.GgufHeader.read(path)
+    settings = json.dumps(tokenizer_settings(header), indent=2, ensure_ascii=False) + "\n"
+    return {CONTENT: tokenizer_json(header), SETTINGS: settings}
 
 
 class ByteTokenizer:
@@ -91,12 +137,14 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json` of the tokenizers library."""
+    """A `tokenizer.json` of the tokenizers library; `content` and `settings` in place of the files at `path`."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, content: bytes | None = None, settings: Mapping[str, Any] | None = None):
         import tokenizers
 
-        content = Path(path).read_bytes()
+        path = Path(path)
+        if content is None:
+            content, settings = path.read_bytes(), _settings(path.parent / SETTINGS)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exceptions
@@ -106,10 +154,14 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        self.bos_id = self._special(path, _BOS_NAMES, "begin")
-        self.eos_id = self._special(path, _EOS_NAMES, "end")
-        self.pad_id = self._first_known(_PAD_NAMES, otherwise=self.eos_id)
-        self.fingerprint = _digest(content)
+        said = _named(settings or {})
+        begins = said.get("bos") if (settings or {}).get("add_bos_token") else None
+        self.bos_id = self._special(path, (begins, *_BOS_NAMES, said.get("bos")), "begin")
+        self.eos_id = self._special(path, (said.get("eos"), *_EOS_NAMES), "end")
+        self.pad_id = self._first_known((said.get("pad"), *_PAD_NAMES), otherwise=self.eos_id)
+        # Examples end with another token where the settings say so.
+        ends = b"" if self.eos_id == self._first_known(_EOS_NAMES, None) else f"eos {self.eos_id}".encode()
+        self.fingerprint = _digest(content + ends)
         added = self._tokenizer.get_added_tokens_decoder()
         self.specials = {token.content: i for i, token in added.items() if token.special}
 
@@ -123,14 +175,15 @@ class JsonTokenizer:
         own = self._tokenizer.token_to_id(name)
         return self.encode(name) if own is None else [own]
 
-    def _first_known(self, names: tuple[str, ...], otherwise: int | None) -> int | None:
-        ids = (self._tokenizer.token_to_id(name) for name in names)
+    def _first_known(self, names: tuple[str | None, ...], otherwise: int | None) -> int | None:
+        ids = (self._tokenizer.token_to_id(name) for name in names if name is not None)
         return next((i for i in ids if i is not None), otherwise)
 
-    def _special(self, path: str | Path, names: tuple[str, ...], role: str) -> int:
+    def _special(self, path: Path, names: tuple[str | None, ...], role: str) -> int:
         found = self._first_known(names, otherwise=None)
         if found is None:
-            raise ValueError(f"{path} has no {role} token; add one of {', '.join(names)} to its added tokens")
+            usual = ", ".join(name for name in names if name is not None)
+            raise ValueError(f"{path} has no {role} token; add one of {usual} to its added tokens")
         return found
 
 
@@ -166,6 +219,30 @@ class SentencePieceTokenizer:
     def marker(self, name: str) -> list[int]:
         own = self._processor.piece_to_id(name)
         return self.encode(name) if own == self._processor.unk_id() else [own]
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What a tokenizer_config.json says; nothing where there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not whole JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}, not an object")
+    return found
+
+
+def _named(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The begin, end and padding token; a tokenizer_config.json has them as text or as an object."""
+    found = {}
+    for role in ("bos", "eos", "pad"):
+        token = settings.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found[role] = token
+    return found
 
 
 def _digest(content: bytes) -> str:

@@ -26,6 +26,7 @@ from ringjax.models.transformer import Transformer
 from ringjax.models.vqgan import VQGAN, decode_pictures, encode_pictures, load_vqgan
 from ringjax.training.checkpoint import restore_model
 from ringjax.training.load import load_config
+from ringjax.training.run_folder import own_tokenizer
 
 SAMPLE = "sample"
 _ONE_DEVICE = Parallel()
@@ -68,7 +69,7 @@ class TrainedRun:
             raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.yaml; train first (ringjax train)")
         config = load_config(run_dir / "config.yaml")
         _, model = restore_model(run_dir, parallel=parallel)
-        return cls(model, config.stage_list[-1].data, parallel, image_tokenizer, prompt_form)
+        return cls(model, own_tokenizer(run_dir, config.stage_list[-1].data), parallel, image_tokenizer, prompt_form)
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:

@@ -1,32 +1,24 @@
 """llama.cpp's GGUF: one file with metadata, the places of the tensors, and the tensors, most of them quantised.
 
-    magic, version, two counts | metadata | name, sizes, type, place of each tensor | padding | tensors
-
-The header is read here, since the library's reader trusts its lengths: an array that claims 2**60 items fills the
-memory (gguf 0.19). It also takes 2 s for a vocabulary of 49,152; this takes 0.1 s. The library dequantises.
+`ringjax.data.gguf_header` reads what comes before the tensors; the library dequantises.
 """
 
 import contextlib
 import dataclasses
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from ringjax.data.gguf_header import GgufHeader, explained
 from ringjax.interop.tensors import Index, listed
 from ringjax.models.config import ModelConfig, RopeScaling
 
 SPLIT_HALVES = {"llama": False, "qwen2": True}
 """The architectures that are read, and whether a head's pairs lie apart (llama.cpp's converter joins LLaMA's)."""
 
-_MAGIC, _VERSIONS = b"GGUF", (2, 3)
-_LEAST_KEY, _LEAST_TENSOR, _MOST_AXES = 13, 24, 4  # bytes, bytes, axes
-# GGUF's types of values, as struct writes them.
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_TEXT, _ARRAY = 8, 9
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -54,12 +46,11 @@ class GgufSource:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.metadata: dict[str, Any] = {}
-        """By key: numbers, bools, strings, lists of strings, arrays of numbers."""
         self._library = _library()
-        with _explained(self.path):
-            self._bytes = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
-            self._places = self._header(_Cursor(memoryview(self._bytes)))
+        header = GgufHeader.read(self.path)
+        self.metadata, self._bytes = header.metadata, header.content
+        with explained(self.path):
+            self._places = self._placed(header.tensors, header.size, len(self._bytes))
         self.shapes: dict[str, tuple[int, ...]] = {name: place.shape for name, place in self._places.items()}
         self._check_kinds()
         parts = self.metadata.get("split.count", 1)
@@ -84,31 +75,6 @@ class GgufSource:
         part = self._library.quants.dequantize(blocks.reshape(*blocks.shape[:-2], -1), place.kind)
         start = first * place.block
         return part[..., least - start : most + 1 - start][..., :: kept[-1].step]
-
-    def _header(self, cursor: "_Cursor") -> dict[str, _Place]:
-        """Fills `metadata`; the places of the tensors."""
-        if bytes(cursor.take(4)) != _MAGIC:
-            raise ValueError(f"it starts with {bytes(cursor.view[:4])!r}, not {_MAGIC!r}")
-        version = cursor.number("I")
-        if version not in _VERSIONS:
-            raise ValueError(f"version {version} is not one of {_VERSIONS}, little-endian")
-        tensors, keys = cursor.count(_LEAST_TENSOR, "tensors"), cursor.count(_LEAST_KEY, "keys")
-        for _ in range(keys):
-            key = cursor.text()
-            if key in self.metadata:
-                raise ValueError(f"{key} is there twice")
-            self.metadata[key] = cursor.value()
-        infos: dict[str, tuple] = {}
-        for _ in range(tensors):
-            name = cursor.text()
-            if name in infos:
-                raise ValueError(f"tensor {name} is there twice")
-            axes = cursor.number("I")
-            if not 1 <= axes <= _MOST_AXES:
-                raise ValueError(f"tensor {name} has {axes} axes, not 1 to {_MOST_AXES}")
-            shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
-            infos[name] = shape, cursor.number("I"), cursor.number("Q")
-        return self._placed(infos, cursor.place, len(cursor.view))
 
     def _placed(self, infos: dict[str, tuple], end_of_header: int, end: int) -> dict[str, _Place]:
         """Places in the file: the tensors follow each other, each at the next multiple of the alignment."""
@@ -151,49 +117,6 @@ class GgufSource:
                     f"{self.path}: {kind.name} cannot be turned into floats ({listed(names)}); take a file in another"
                     " quantisation, such as Q8_0 or Q4_K"
                 ) from None
-
-
-class _Cursor:
-    """Reads a header, never past its end: raises ValueError instead."""
-
-    def __init__(self, view: memoryview):
-        self.view, self.place = view, 0
-
-    def take(self, size: int) -> memoryview:
-        left = len(self.view) - self.place
-        if size > left:
-            raise ValueError(f"{size} bytes are needed at byte {self.place}, and {left} are left")
-        self.place += size
-        return self.view[self.place - size : self.place]
-
-    def number(self, code: str) -> Any:
-        [number] = struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))
-        # The shortest decimal of a float32: 1e-05 rather than 9.999999747378752e-06.
-        return float(str(np.float32(number))) if code == "f" else number
-
-    def count(self, least: int, what: str) -> int:
-        """How many things follow, of at least `least` bytes each: no loop and no list goes by a count before this."""
-        place, count = self.place, self.number("Q")
-        if count * least > len(self.view) - self.place:
-            raise ValueError(f"{count} {what} at byte {place} do not fit into the {len(self.view)} bytes of the file")
-        return count
-
-    def text(self) -> str:
-        return str(self.take(self.number("Q")), "utf-8")
-
-    def value(self) -> Any:
-        place, kind = self.place, self.number("I")
-        if kind == _TEXT:
-            return self.text()
-        if kind in _NUMBERS:
-            return self.number(_NUMBERS[kind])
-        item = self.number("I") if kind == _ARRAY else kind
-        if item == _TEXT:
-            return [self.text() for _ in range(self.count(8, "strings"))]
-        if item not in _NUMBERS:
-            raise ValueError(f"a value at byte {place} has type {kind}, items {item}: not a number, a string or a list")
-        dtype = np.dtype(_NUMBERS[item]).newbyteorder("<")
-        return np.frombuffer(self.take(self.count(dtype.itemsize, "numbers") * dtype.itemsize), dtype)
 
 
 def gguf_config(source: GgufSource) -> tuple[ModelConfig, int]:
@@ -335,14 +258,6 @@ def _library() -> Any:
 
 def _aligned(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
-
-
-@contextlib.contextmanager
-def _explained(path: Path):
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path} is not a whole GGUF file ({error}); fetch it again") from None
 
 
 @contextlib.contextmanager

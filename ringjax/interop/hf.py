@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from ringjax.data.tokenizers import FILES
 from ringjax.interop.hf_config import Description, read_hf_config, write_hf_config
 from ringjax.interop.load import load_params
 from ringjax.interop.names import HF_OUTER, hf_recipes
@@ -25,9 +26,6 @@ from ringjax.models.config import ModelConfig
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-)  # fmt: skip
 SHARD_BYTES = 5 * 2**30
 _ONE_DEVICE = Parallel()
 # Buffers that old files hold; they follow from the config.
@@ -172,6 +170,6 @@ def _copy_tokenizer(tokenizer: str | Path | Mapping[str, str] | None, folder: Pa
             (folder / name).write_text(text, encoding="utf-8")
         return
     path = Path(tokenizer)
-    files = [path] if path.is_file() else [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    files = [path] if path.is_file() else [path / name for name in FILES if (path / name).is_file()]
     for file in files:
         shutil.copyfile(file, folder / file.name)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ringjax.data.tokenizers import gguf_files
 from ringjax.interop import hf
 from ringjax.interop.hf_config import Description
 from ringjax.interop.load import load_params
@@ -36,6 +37,10 @@ class Published:
     ) -> Transformer:
         """The model, streamed to the devices of `parallel`; `changes` to its config alter no shape (rope_theta, …)."""
         config = dataclasses.replace(self.description.config, dtype=dtype, param_dtype=param_dtype, **changes)
+        return self._load(config, parallel)
+
+    def load_config(self, config: ModelConfig, parallel: Parallel) -> Transformer:
+        """The model under a `config` that differs from its own in nothing that has a shape."""
         return self._load(config, parallel)
 
     @functools.cached_property
@@ -73,15 +78,11 @@ def open_published(path: str | Path) -> Published:
 
 
 def _gguf(path: Path) -> Published:
-    from ringjax.interop import gguf, gguf_tokenizer
+    from ringjax.interop import gguf
 
     source = gguf.GgufSource(path)
     config, context = gguf.gguf_config(source)
-    settings = gguf_tokenizer.tokenizer_settings(source)
-    texts = {
-        "tokenizer.json": gguf_tokenizer.tokenizer_json(source),
-        "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
-    }
+    texts = gguf_files(path)
     bos, eos = (source.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
     description = Description(config, context, bos, () if eos is None else (eos,))
 

@@ -203,7 +203,9 @@ class RunConfig:
     run_dir: str = "runs/default"
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, loss.png."""
     init_from: str | None = None
-    """Folder of another run whose last checkpoint gives the first parameters; null: random ones."""
+    """What gives the first parameters: the folder of another run (its last checkpoint), or a published model (a Hugging
+    Face folder, a .gguf file, an LWM stream), which also says what `model` and data.tokenizer leave out; null: random
+    ones."""
     seed: int = 0
     """Of the parameters and the order of the data."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

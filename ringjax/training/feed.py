@@ -1,6 +1,6 @@
 """Batches for a stage, each with the loader state to save once it has been trained on."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,18 +11,8 @@ from ringjax.data.sources import open_sources
 from ringjax.data.tokenizers import load_tokenizer
 from ringjax.training.config import RunConfig, StageConfig
 from ringjax.training.distributed import gather_json, place_batch, row_group
+from ringjax.training.task import DataEnded, Fed
 from ringjax.training.yaml_tree import ConfigError
-
-
-class DataEnded(RuntimeError):
-    """The data has a last batch (data.epochs) and it has been trained on."""
-
-
-class Fed(NamedTuple):
-    """A batch of this process's rows, and the loader's state after it."""
-
-    rows: dict[str, np.ndarray]
-    loader_state: Any
 
 
 class Feed:
@@ -91,14 +81,15 @@ def check_data(config: RunConfig) -> None:
     problems = []
     for stage in config.stage_list:
         try:
-            _check_stage_data(stage)
+            check_stage_data(stage)
         except (ValueError, OSError, ImportError) as error:
             problems.append(f"stage {stage.name!r}: {error}" if config.stages else str(error))
     if problems:
         raise ConfigError(problems)
 
 
-def _check_stage_data(stage: StageConfig) -> None:
+def check_stage_data(stage: StageConfig) -> None:
+    """`check_data` of one stage; raises ValueError, OSError or ImportError."""
     size = load_tokenizer(stage.data.tokenizer).vocab_size
     if size > stage.model.vocab_size:
         raise ValueError(

@@ -11,15 +11,19 @@ import yaml
 from ringjax.models.sizes import get_size
 from ringjax.training.config import STAGE_SECTIONS, RunConfig, StageConfig
 from ringjax.training.mesh import resolve_shape
+from ringjax.training.start import OpenStart, Start
 from ringjax.training.typed import build
 from ringjax.training.yaml_tree import ConfigError, Item, merge, parse_value, parse_yaml, set_path, to_item
 
 MAX_BYTES = 1 << 20
 
 
-def load_config(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Iterable[tuple[str, str]] = (), open_start: OpenStart | None = None
+) -> RunConfig:
     """The config of a YAML file with `(dotted key, value)` overrides laid over it.
 
+    `open_start` reads a published model that `init_from` names: what the config leaves out is taken from it.
     Raises ConfigError with one line for each problem; FileNotFoundError says which configs are near.
     """
     path = Path(path)
@@ -33,18 +37,50 @@ def load_config(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> 
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path} is not UTF-8 text (byte {error.start})") from None
-    return parse_config(text, str(path), overrides)
+    return parse_config(text, str(path), overrides, open_start)
 
 
-def parse_config(text: str, origin: str = "config", overrides: Iterable[tuple[str, str]] = ()) -> RunConfig:
+def parse_config(
+    text: str,
+    origin: str = "config",
+    overrides: Iterable[tuple[str, str]] = (),
+    open_start: OpenStart | None = None,
+) -> RunConfig:
     """`load_config` of a text."""
     tree = parse_yaml(text, origin)
     for key, value in overrides:
         tree = set_path(tree, key.split("."), parse_value(value, f"--{key}"))
+    start = None if open_start is None else _open_start(tree, open_start)
     try:
-        return build(RunConfig, _expand(tree))
+        config = build(RunConfig, _expand(tree if start is None else _inherit(tree, start)))
     except ConfigError as error:
         raise ConfigError(_without_repeats(error.problems)) from None
+    if start is not None and (problems := start.check(config.stage_list[0].model)):
+        raise ConfigError([f"{problem}, which init_from names" for problem in problems])
+    return config
+
+
+def _open_start(tree: Item, open_start: OpenStart) -> Start | None:
+    """The published model that `init_from` names; None for a run's folder, and for what is not there (yet)."""
+    section = tree.value if isinstance(tree.value, dict) else {}
+    init_from, model = section.get("init_from"), section.get("model", Item({}, ""))
+    if init_from is None or not isinstance(init_from.value, str) or not Path(init_from.value).exists():
+        return None
+    heads = model.value.get("heads") if isinstance(model.value, dict) else None
+    try:
+        return open_start(init_from.value, heads.value if heads is not None else None)
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
+        raise ConfigError(f"{init_from.where}: init_from: {error}") from None
+
+
+def _inherit(tree: Item, start: Start) -> Item:
+    """The tree with what its sections `model` and `data` leave out taken from a published model."""
+    where = tree.value["init_from"].where
+    model, data = (tree.value.get(name, Item({}, where)) for name in ("model", "data"))
+    model = merge(to_item(start.inherited, where), _expand_size(model))
+    if isinstance(data.value, dict) and start.has_tokenizer and "tokenizer" not in data.value:
+        data = Item({**data.value, "tokenizer": to_item(str(start.path), where)}, data.where)
+    return Item({**tree.value, "model": model, "data": data}, tree.where)
 
 
 def _without_repeats(problems: list[str]) -> list[str]:
@@ -115,7 +151,7 @@ def check_devices(config: RunConfig, device_count: int, simulated: bool = False)
     problems = []
     for stage in config.stage_list:
         try:
-            _check_stage(stage, device_count, simulated)
+            check_stage_devices(stage, device_count, simulated)
         except ValueError as error:
             problems.append(f"stage {stage.name!r}: {error}" if config.stages else str(error))
     if problems:
@@ -127,7 +163,8 @@ def mesh_shape(stage: StageConfig, simulated: bool) -> str:
     return stage.mesh.simulated_shape if simulated and stage.mesh.simulated_shape else stage.mesh.shape
 
 
-def _check_stage(stage: StageConfig, device_count: int, simulated: bool) -> None:
+def check_stage_devices(stage: StageConfig, device_count: int, simulated: bool = False) -> None:
+    """`check_devices` of one stage; raises ValueError."""
     dp, fsdp, tp, sp = resolve_shape(mesh_shape(stage, simulated), device_count)
     training = stage.training
     micro = training.batch_size // training.accumulation

@@ -5,8 +5,8 @@
 """
 
 import contextlib
-import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from ringjax import accelerator
-from ringjax.models.parallel import Parallel
 from ringjax.training import distributed
 from ringjax.training.checkpoint import (
     FOLDER,
@@ -25,29 +24,32 @@ from ringjax.training.checkpoint import (
     last_whole,
     load_arrays,
 )
-from ringjax.training.config import RunConfig, StageConfig
-from ringjax.training.feed import Feed, check_data
-from ringjax.training.load import check_devices, mesh_shape, to_yaml
-from ringjax.training.mesh import is_simulated, make_mesh, simulate_devices
+from ringjax.training.config import RunConfig
+from ringjax.training.load import to_yaml
+from ringjax.training.mesh import make_mesh, simulate_devices
 from ringjax.training.metrics import MetricsWriter
 from ringjax.training.plot import plot_loss
 from ringjax.training.progress import Quiet, format_count, make_display
 from ringjax.training.stage import StageLoop
-from ringjax.training.step import Trainer, TrainState, make_trainer
+from ringjax.training.start import OpenStart, open_published
 from ringjax.training.stops import BadLoss, StopSignals
+from ringjax.training.task import Task, Trains, TrainState, count_parameters
+from ringjax.training.tasks import check_tasks, make_tasks
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, open_start: OpenStart | None = None) -> Path:
     """Train `config`, from its last checkpoint if there is one, and return the run's folder.
 
+    `open_start` (`ringjax.interop.start`) reads a published model, where `init_from` names one.
     Raises ConfigError before anything runs, Preempted after a signal (saved), BadLoss for NaN and spikes, and
     CheckpointError when a checkpoint cannot be written or is of another model.
     """
     simulate_devices(max(stage.mesh.simulated_devices for stage in config.stage_list))
     distributed.start(config.distributed)
-    check_devices(config, len(jax.devices()), is_simulated())
-    check_data(config)
-    with Run(config) as run, StopSignals() as signals, _debug(config):
+    tasks = make_tasks(config)
+    check_tasks(tasks, lambda task: task.check_devices(len(jax.devices())))
+    check_tasks(tasks, lambda task: task.check_data())
+    with Run(config, tasks, open_start) as run, StopSignals() as signals, _debug(config):
         run.begin()
         for index in range(run.first_stage, len(config.stage_list)):
             run.stage(index, signals)
@@ -70,11 +72,12 @@ def _debug(config: RunConfig):
 class Run(contextlib.AbstractContextManager):
     """A run and its files; a stage at a time."""
 
-    def __init__(self, config: RunConfig):
-        self.config = config
+    def __init__(self, config: RunConfig, tasks: Sequence[Task], open_start: OpenStart | None = None):
+        self.config, self.tasks, self._open_start = config, tasks, open_start
         self.folder = Path(config.run_dir)
         self.is_main = distributed.is_main()
-        self.display: Quiet = make_display(config.logging.progress, config.logging.every, self.is_main)
+        logging = config.logging
+        self.display: Quiet = make_display(logging.progress, logging.every, self.is_main, tasks[0].describe)
         self.store = CheckpointStore(self.folder, config.checkpoint, self.display.say)
         self.writer: MetricsWriter | None = None
         self.state: TrainState | None = None
@@ -100,7 +103,9 @@ class Run(contextlib.AbstractContextManager):
         step = self.resumed[1]["step"] if self.resumed else 0
         self.first_stage = self._stage_of(step)
         if self.is_main:
-            _write_text(self.folder / "config.yaml", to_yaml(self.config))
+            _write(self.folder / "config.yaml", to_yaml(self.config).encode())
+            for name, content in self.tasks[-1].files().items():
+                _write(self.folder / name, content)
             self.writer = MetricsWriter(self.folder, step, self.config.logging.tensorboard)
         devices = jax.devices()
         self.display.say(f"{self.folder}: {len(devices)} × {devices[0].device_kind}, {jax.process_count()} process(es)")
@@ -133,75 +138,79 @@ class Run(contextlib.AbstractContextManager):
             return
         self.display.say(f"done after step {self._starts()[-1]}: {self.folder}/metrics.jsonl, {self.store.folder}")
         if self.config.logging.plot:
-            self.display.say(f"loss: {plot_loss(self.folder)}")
+            task = self.tasks[0]
+            path = plot_loss(self.folder, lines=task.plot_lines, label=task.plot_label)
+            self.display.say(f"loss: {path}")
 
     # ------------------------------------------------------------------ one stage
 
     def stage(self, index: int, signals: StopSignals) -> None:
         """Train one stage to its end."""
-        stage, start = self.config.stage_list[index], self._starts()[index]
-        mesh = make_mesh(mesh_shape(stage, is_simulated()))
-        parallel = Parallel(mesh, stage.mesh.layout, stage.mesh.strategy, stage.mesh.backend)
-        training = stage.training
-        trainer = make_trainer(
-            stage.model, stage.optimizer, parallel, steps=training.steps, start=start, donate=not training.debug_nans
-        )
+        task, start = self.tasks[index], self._starts()[index]
+        mesh = make_mesh(task.mesh_shape)
+        trainer = task.trainer(mesh, self.config.seed, start)
         info = self.resumed[1] if self.resumed and self.resumed[1]["step"] > start else None
         done = info["step"] if info else start
-        self.state = self._enter(trainer, stage, start)
-        self._announce(stage, mesh, trainer)
-        with Feed(stage, mesh, self.config.seed + index, info and info["loader"]) as feed:
-            self.display.start_stage(stage.name, done - start, training.steps)
-            StageLoop(self, index, stage, start, trainer, feed, info["losses"] if info else []).run(done, signals)
+        self.state = self._enter(trainer, task, start)
+        self._announce(task, mesh, trainer)
+        with task.feed(mesh, self.config.seed + index, info and info["loader"]) as feed:
+            self.display.start_stage(task.stage.name, done - start, task.stage.training.steps)
+            StageLoop(self, index, task, start, trainer, feed, info["losses"] if info else []).run(done, signals)
 
-    def _enter(self, trainer: Trainer, stage: StageConfig, start: int) -> TrainState:
+    def _enter(self, trainer: Trains, task: Task, start: int) -> TrainState:
         """The state at the beginning of a stage: restored, carried over from the stage before, or new."""
         if self.resumed is None:
-            return self._first_state(trainer) if self.state is None else self._carry(trainer, stage, self.state)
+            return self._first_state(trainer, task) if self.state is None else self._carry(trainer, task, self.state)
         (path, info), self.resumed = self.resumed, None
         abstract = trainer.abstract
         check_same_arrays(info["parameters"], describe_arrays(abstract.params), str(path))
         params = load_arrays(path, "params", abstract.params)
         step = jax.device_put(jnp.int32(info["step"]), abstract.step.sharding)
-        if info["step"] == start and not stage.optimizer.carry:
+        if info["step"] == start and not task.stage.optimizer.carry:
             return TrainState(step, params, trainer.fresh_optimizer(params))
         check_same_arrays(info["optimizer"], describe_arrays(abstract.optimizer), str(path), "optimizer")
         return TrainState(step, params, load_arrays(path, "optimizer", abstract.optimizer))
 
-    def _first_state(self, trainer: Trainer) -> TrainState:
+    def _first_state(self, trainer: Trains, task: Task) -> TrainState:
         if self.config.init_from is None:
             return trainer.init(self.config.seed)
+        params, said = self._first_params(trainer, task)
+        for line in said:
+            self.display.say(line)
+        zero = jax.device_put(jnp.int32(0), trainer.abstract.step.sharding)
+        return TrainState(zero, params, trainer.fresh_optimizer(params))
+
+    def _first_params(self, trainer: Trains, task: Task) -> tuple[Any, list[str]]:
+        """Those that `init_from` names, and what to say about them."""
+        start = open_published(self.config.init_from, self.config.stage_list[0].model.heads, self._open_start)
+        if start is not None:
+            return task.first_params(start, make_mesh(task.mesh_shape), self.config.seed)
         found = distributed.same_on_all(self._find_first)
         if found is None:
             raise CheckpointError(f"init_from {self.config.init_from} holds no whole checkpoint; give a run's folder")
         abstract = trainer.abstract
         check_same_arrays(found[1], describe_arrays(abstract.params), found[0])
-        params = load_arrays(Path(found[0]), "params", abstract.params)
-        self.display.say(f"parameters from {found[0]}")
-        zero = jax.device_put(jnp.int32(0), abstract.step.sharding)
-        return TrainState(zero, params, trainer.fresh_optimizer(params))
+        return load_arrays(Path(found[0]), "params", abstract.params), [f"parameters from {found[0]}"]
 
     def _find_first(self) -> list | None:
         found = last_whole(Path(self.config.init_from) / FOLDER, self.config.checkpoint.verify, self.display.say)
         return None if found is None else [str(found[0]), found[1]["parameters"]]
 
-    def _carry(self, trainer: Trainer, stage: StageConfig, state: TrainState) -> TrainState:
+    def _carry(self, trainer: Trains, task: Task, state: TrainState) -> TrainState:
         places = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract)
         params = jax.device_put(state.params, places.params)
-        carry = stage.optimizer.carry
+        carry = task.stage.optimizer.carry
         moments = jax.device_put(state.optimizer, places.optimizer) if carry else trainer.fresh_optimizer(params)
         return TrainState(jax.device_put(state.step, places.step), params, moments)
 
-    def _announce(self, stage: StageConfig, mesh, trainer: Trainer) -> None:
-        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainer.abstract.params))
+    def _announce(self, task: Task, mesh, trainer: Trains) -> None:
+        count = format_count(count_parameters(trainer.abstract.params))
         shape = " ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        self.display.say(
-            f"stage {stage.name}: {format_count(count)} parameters, {stage.training.batch_size} × "
-            f"{stage.training.seq_len} tokens a step, mesh {shape}, {stage.mesh.layout} {stage.mesh.strategy}"
-        )
+        self.display.say(f"stage {task.stage.name}: {count} parameters, {task.amount()}, mesh {shape}")
 
 
-def _write_text(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -8,12 +8,17 @@ import numpy as np
 
 from ringjax.training.metrics import read_metrics
 
-_LINES = (("text_loss", "text", "tab:blue"), ("vision_loss", "pictures", "tab:orange"))
+_LINES = (("text_loss", "text", "tab:blue"), ("vision_loss", "pictures", "tab:orange"))  # key, label, colour
 _MARKS = "osD^vP*X"
 
 
-def plot_loss(run_dir: str | Path, title: str = "") -> Path:
-    """Draw `run_dir`/metrics.jsonl to `run_dir`/loss.png and return its path."""
+def plot_loss(
+    run_dir: str | Path,
+    title: str = "",
+    lines: Sequence[tuple[str, str, str]] = _LINES,
+    label: str = "loss (nats a token)",
+) -> Path:
+    """Draw `run_dir`/metrics.jsonl to `run_dir`/loss.png and return its path; `label` says what the losses are."""
     # The object interface, not pyplot: no global state, no display, safe beside a notebook's own backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -22,13 +27,13 @@ def plot_loss(run_dir: str | Path, title: str = "") -> Path:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for key, label, colour in _LINES:
-        _draw_loss(axes, records, key, label, colour)
+    for key, name, colour in lines:
+        _draw_loss(axes, records, key, name, colour)
     _draw_held_out(axes, records)
     _draw_stages(axes, records)
     axes.set_title(title or f"{Path(run_dir).name}: training loss")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()

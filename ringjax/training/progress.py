@@ -3,7 +3,10 @@
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Literal, TextIO
+
+Words = Callable[[dict[str, Any]], str]
 
 
 def format_duration(seconds: float) -> str:
@@ -55,8 +58,8 @@ class Quiet:
 class PlainLines(Quiet):
     """One line every few steps, for files and pipes."""
 
-    def __init__(self, every: int, stream: TextIO | None = None):
-        self._every, self._stream = every, stream or sys.stdout
+    def __init__(self, every: int, stream: TextIO | None = None, words: Words = describe):
+        self._every, self._stream, self._words = every, stream or sys.stdout, words
         self._left = _TimeLeft()
         self._stage, self._steps = "", 0
 
@@ -68,7 +71,7 @@ class PlainLines(Quiet):
         done = record["stage_step"]
         left = self._left.after(done)
         if done % self._every == 0 or done in (1, self._steps):
-            self.say(f"{self._stage} {done}/{self._steps}  {describe(record)}  left {left}")
+            self.say(f"{self._stage} {done}/{self._steps}  {self._words(record)}  left {left}")
 
     def say(self, message: str) -> None:
         # A reader that went away (`| head`) is no reason to stop training.
@@ -79,7 +82,7 @@ class PlainLines(Quiet):
 class RichDisplay(Quiet):
     """A bar and the newest measurements, redrawn in place."""
 
-    def __init__(self, console=None):
+    def __init__(self, console=None, words: Words = describe):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._progress = Progress(
@@ -89,7 +92,7 @@ class RichDisplay(Quiet):
             TextColumn("{task.fields[measured]}  [cyan]left {task.fields[left]}"),
             console=console,
         )
-        self._left = _TimeLeft()
+        self._left, self._words = _TimeLeft(), words
         self._task = None
         self._progress.start()
 
@@ -101,7 +104,7 @@ class RichDisplay(Quiet):
 
     def step(self, record: dict[str, Any]) -> None:
         done = record["stage_step"]
-        self._progress.update(self._task, completed=done, measured=describe(record), left=self._left.after(done))
+        self._progress.update(self._task, completed=done, measured=self._words(record), left=self._left.after(done))
 
     def say(self, message: str) -> None:
         from rich.text import Text
@@ -126,10 +129,12 @@ class _TimeLeft:
         return format_duration(rate * (self._steps - done))
 
 
-def make_display(kind: Literal["auto", "rich", "plain", "none"], every: int, is_main: bool = True) -> Quiet:
-    """The display for this process: `auto` is rich on a terminal and plain elsewhere."""
+def make_display(
+    kind: Literal["auto", "rich", "plain", "none"], every: int, is_main: bool = True, words: Words = describe
+) -> Quiet:
+    """The display for this process: `auto` is rich on a terminal and plain elsewhere; `words` describes a record."""
     if not is_main or kind == "none":
         return Quiet()
     if kind == "rich" or (kind == "auto" and sys.stdout.isatty()):
-        return RichDisplay()
-    return PlainLines(every)
+        return RichDisplay(words=words)
+    return PlainLines(every, words=words)

@@ -1,20 +1,15 @@
 """The steps of one stage: train, look at the loss, log, save, evaluate, stop."""
 
-import math
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
 from ringjax.training.checkpoint import describe_arrays
-from ringjax.training.config import StageConfig
-from ringjax.training.evaluate import Evaluator
-from ringjax.training.feed import DataEnded, Fed, Feed
 from ringjax.training.load import to_plain
 from ringjax.training.mesh import is_simulated
-from ringjax.training.step import Trainer, readable
 from ringjax.training.stops import BadLoss, LossGuard, Preempted, StopSignals, save_bad_batch
-from ringjax.training.utilisation import flops_per_row, mfu
+from ringjax.training.task import DataEnded, Fed, Feeds, Task, Trains, count_parameters
 
 if TYPE_CHECKING:
     from ringjax.training.loop import Run
@@ -31,12 +26,13 @@ class Pending(NamedTuple):
 class StageLoop:
     """The steps of one stage."""
 
-    def __init__(self, run: "Run", index: int, stage: StageConfig, start: int, trainer: Trainer, feed: Feed, losses):
+    def __init__(self, run: "Run", index: int, task: Task, start: int, trainer: Trains, feed: Feeds, losses):
         """`losses`: the last ones of this stage before a resume, to judge the next ones by."""
-        self.owner, self.index, self.stage, self.start = run, index, stage, start
+        self.owner, self.index, self.task, self.start = run, index, task, start
+        self.stage = stage = task.stage
         self.trainer, self.feed = trainer, feed
         self.end = start + stage.training.steps
-        self.evaluator = Evaluator(stage, trainer, feed, run.config.seed)
+        self.evaluator = task.evaluator(trainer, feed, run.config.seed)
         self.guard = LossGuard(stage.training.spike, losses)
         self.pending: list[Pending] = []
         self.newest: Fed | None = None
@@ -45,10 +41,7 @@ class StageLoop:
         # Metrics are read one step late, so that the host prepares a step while the devices do the one before.
         # Simulated devices get no such lead: with few cores, programs that overlap wait for each other's threads.
         self.lag = 0 if is_simulated() else 1
-        parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainer.abstract.params))
-        model, training = stage.model, stage.training
-        width = model.heads * model.head_size
-        self.flops = training.batch_size * flops_per_row(parameters, model.layers, width, training.seq_len)
+        self.parameters = count_parameters(trainer.abstract.params)
 
     def run(self, done: int, signals: StopSignals) -> None:
         """Steps `done` + 1 … of the stage; saves at the end."""
@@ -66,6 +59,9 @@ class StageLoop:
             if eval_every and (step % eval_every == 0 or step == self.end) and not signal:
                 self.report(keep=0)
                 self.evaluate(step)  # before the checkpoint, so that a resume from it has the evaluation behind it
+            if step == self.end:
+                self.report(keep=0)
+                self.finish()  # before the last checkpoint: a run that is whole has what it leaves
             if step % every == 0 or step == self.end or signal:
                 self.report(keep=0)  # a state is saved only after its loss was seen
                 self.save(step, fed)
@@ -89,7 +85,7 @@ class StageLoop:
             self.report_one(self.pending.pop(0))
 
     def report_one(self, pending: Pending) -> None:
-        metrics = readable({name: float(value) for name, value in jax.device_get(pending.metrics).items()})
+        metrics = self.task.readable({k: float(value) for k, value in jax.device_get(pending.metrics).items()})
         now = time.monotonic()
         seconds, self.clock = None if self.clock is None else now - self.clock, now
         if problem := self.guard.problem(metrics["loss"], metrics["grad_norm"]):
@@ -97,10 +93,7 @@ class StageLoop:
             raise BadLoss(f"step {pending.step}: {problem}; stopped, nothing saved since, the batch is in {path}")
         record = {"step": pending.step, "stage": self.stage.name, "stage_step": pending.step - self.start, **metrics}
         if seconds:
-            training, devices = self.stage.training, jax.devices()
-            record["seconds"] = seconds
-            record["tokens_per_second"] = training.batch_size * training.seq_len / seconds
-            record["mfu"] = mfu(self.flops, seconds, devices[0].device_kind, len(devices))
+            record |= {"seconds": seconds, **self.task.speed(self.parameters, seconds)}
         record["time"] = time.time()
         if self.owner.writer is not None:
             self.owner.writer.write(record)
@@ -131,5 +124,9 @@ class StageLoop:
         self.clock = time.monotonic()  # an evaluation is no part of a step's time
         if self.owner.writer is not None:
             self.owner.writer.write({"step": step, "eval": results})
-        words = ", ".join(f"{source} {values['loss']:.4f}" for source, values in results.items())
-        self.owner.display.say(f"step {step}: held-out loss {words}")
+        self.owner.display.say(f"step {step}: {self.task.describe_evaluation(results)}")
+
+    def finish(self) -> None:
+        """What the task leaves in the run's folder at the end of its stage."""
+        for line in self.task.finish(self.owner.folder, self.trainer, self.feed, self.owner.state.params):
+            self.owner.display.say(line)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ringjax.attention import Reach
 from ringjax.models.config import ModelConfig
@@ -17,17 +17,9 @@ from ringjax.models.transformer import Transformer
 from ringjax.training.config import OptimizerConfig
 from ringjax.training.loss import LossSums, cross_entropy
 from ringjax.training.optimizer import learning_rate, make_optimizer
+from ringjax.training.task import Metrics, TrainState
 
 Batch = dict[str, Array]
-Metrics = dict[str, Float[Array, ""]]
-
-
-class TrainState(NamedTuple):
-    """What a step changes. Nothing in a step is random, so there is no key."""
-
-    step: Int[Array, ""]
-    params: Any
-    optimizer: Any
 
 
 class Trainer(NamedTuple):

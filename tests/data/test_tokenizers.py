@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ringjax.data import samples
-from ringjax.data.tokenizers import ByteTokenizer, JsonTokenizer, TextTokenizer, load_tokenizer
+from ringjax.data.tokenizers import ByteTokenizer, JsonTokenizer, TextTokenizer, load_tokenizer, tokenizer_files
 
 TEXTS = ["It is a truth universally acknowledged,", " spaces ", "naïve 字 🙂", "<s> not </s> special <pad>"]
 
@@ -82,3 +82,38 @@ def test_bad_files_are_refused(tmp_path):
     (tmp_path / "noend.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="has no end token"):
         load_tokenizer(str(tmp_path / "noend.json"))
+
+
+def _with_settings(folder, **settings):
+    (folder / "tokenizer.json").write_bytes(samples.path("prose_tokenizer.json").read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(str(folder))
+
+
+def test_settings_beside_a_tokenizer_say_how_examples_begin_and_end(tmp_path):
+    plain = load_tokenizer("sample")
+    assert (plain.bos_id, plain.eos_id, plain.pad_id) == (1, 2, 0)
+    names = {"bos_token": "<vision>", "eos_token": {"content": "</vision>"}}
+    told = _with_settings(tmp_path, **names, pad_token="</s>", add_bos_token=True)
+    assert (told.bos_id, told.eos_id, told.pad_id) == (3, 4, 2)
+    assert told.fingerprint != plain.fingerprint  # other examples come of it
+    # What the model's own tokenizer doesn't put before a text is no begin token: it begins a turn.
+    assert _with_settings(tmp_path, **names).bos_id == 1
+    same = _with_settings(tmp_path, eos_token="</s>", pad_token=None)
+    assert (same.bos_id, same.eos_id, same.pad_id, same.fingerprint) == (1, 2, 0, plain.fingerprint)
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds a list"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("spec", ["sample", "folder", "file"])
+def test_the_files_of_a_tokenizer_make_it_again(tmp_path, spec):
+    folder, copy = tmp_path / "given", tmp_path / "copy"
+    folder.mkdir(), copy.mkdir()
+    _with_settings(folder, eos_token="</vision>")
+    spec = {"folder": str(folder), "file": str(folder / "tokenizer.json")}.get(spec, spec)
+    for name, content in tokenizer_files(spec).items():
+        (copy / name).write_bytes(content)
+    a, b = load_tokenizer(spec), load_tokenizer(str(copy))
+    assert (a.fingerprint, a.bos_id, a.eos_id, a.pad_id) == (b.fingerprint, b.bos_id, b.eos_id, b.pad_id)
+    assert tokenizer_files("bytes") == {}

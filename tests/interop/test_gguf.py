@@ -11,9 +11,9 @@ import pytest
 import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from ringjax.data.tokenizers import JsonTokenizer
+from ringjax.data.gguf_tokenizer import tokenizer_json, tokenizer_settings
+from ringjax.data.tokenizers import JsonTokenizer, load_tokenizer, tokenizer_files
 from ringjax.interop.gguf import GgufSource, gguf_config, gguf_split_halves
-from ringjax.interop.gguf_tokenizer import tokenizer_json, tokenizer_settings
 from ringjax.interop.load import check_tensors
 from ringjax.interop.names import gguf_recipes
 from ringjax.models.config import RopeScaling
@@ -324,6 +324,22 @@ def test_settings(tmp_path):
     absent = dict.fromkeys(("tokenizer.ggml.bos_token_id", "tokenizer.chat_template"))
     settings = tokenizer_settings(GgufSource(write(tmp_path, weights(), general=absent)))
     assert settings["bos_token"] is None and settings["chat_template"] is None and not settings["add_bos_token"]
+
+
+def test_a_tokenizer_for_training_data(tiny, tmp_path):
+    loaded = load_tokenizer(str(tiny))
+    # <|im_start|> begins a turn, not an example: the file doesn't say that it comes before texts.
+    assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (0, 2, 2)
+    assert loaded.encode("hello") == [TOKENS.index("hello")] and "<|im_start|>" in loaded.specials
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name, content in tokenizer_files(str(tiny)).items():
+        (folder / name).write_bytes(content)
+    again = load_tokenizer(str(folder))
+    assert (again.fingerprint, again.bos_id, again.eos_id) == (loaded.fingerprint, 0, 2)
+    tiny.write_bytes(tiny.read_bytes()[:100])
+    with pytest.raises(ValueError, match="not a whole GGUF"):
+        load_tokenizer(str(tiny))
 
 
 def test_types_of_tokens(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ringjax.training import checkpoint as ckpt
-from ringjax.training import loop
+from ringjax.training import loop, transformer_task
 from ringjax.training.checkpoint import CheckpointError, last_whole, restore_model
 from ringjax.training.feed import DataEnded
 from ringjax.training.load import parse_config
@@ -138,7 +138,7 @@ def test_a_run_begins_with_the_parameters_of_another(unbroken, tmp_path):
 
 def bad_step(monkeypatch, step, **values):
     """From `step` on the metrics are `values`."""
-    real = loop.make_trainer
+    real = transformer_task.make_trainer
 
     def make(*args, **options):
         trainer = real(*args, **options)
@@ -150,7 +150,7 @@ def bad_step(monkeypatch, step, **values):
 
         return trainer._replace(step=train_step)
 
-    monkeypatch.setattr(loop, "make_trainer", make)
+    monkeypatch.setattr(transformer_task, "make_trainer", make)
 
 
 def test_nan_stops_with_the_batch_and_without_a_checkpoint(tmp_path, monkeypatch):

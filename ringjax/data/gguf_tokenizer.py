@@ -8,11 +8,18 @@ tokenizers library orders the merges of one piece by its parts, so runs such as 
 """
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from ringjax.interop.gguf import GgufSource
+
+class Gguf(Protocol):
+    """A file whose header was read."""
+
+    path: Path
+    metadata: dict[str, Any]
+
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _BYTES = {"add_prefix_space": False, "trim_offsets": True}
@@ -41,7 +48,7 @@ _CUTS: dict[str, tuple] = {
 }
 
 
-def tokenizer_json(source: GgufSource) -> str:
+def tokenizer_json(source: Gguf) -> str:
     """The text of a tokenizer.json that gives the ids of the file's tokenizer.
 
     As in the published ones, a byte that the vocabulary lacks is dropped (SmolLM2 has no 0x04, 0xF1 and 0xF2).
@@ -75,7 +82,7 @@ def tokenizer_json(source: GgufSource) -> str:
     return text
 
 
-def tokenizer_settings(source: GgufSource) -> dict[str, Any]:
+def tokenizer_settings(source: Gguf) -> dict[str, Any]:
     """bos_token, eos_token, pad_token, add_bos_token and chat_template, as a tokenizer_config.json has them.
 
     A token or template that the file does not have is None. Raises as `tokenizer_json` does.
@@ -91,7 +98,7 @@ def tokenizer_settings(source: GgufSource) -> dict[str, Any]:
     }
 
 
-def _pre_tokenizer(source: GgufSource) -> str:
+def _pre_tokenizer(source: Gguf) -> str:
     model, cut = (source.metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     way_out = "give the tokenizer.json of the model's Hugging Face folder"
     if not isinstance(model, str) or model != "gpt2":
@@ -106,7 +113,7 @@ def _pre_tokenizer(source: GgufSource) -> str:
     return cut
 
 
-def _vocabulary(source: GgufSource) -> tuple[list[str], list[int]]:
+def _vocabulary(source: Gguf) -> tuple[list[str], list[int]]:
     """The tokens and their types, without the unused ones that pad the end."""
     tokens = _typed(source, "tokenizer.ggml.tokens", list)
     kinds = _typed(source, "tokenizer.ggml.token_type", np.ndarray, np.full(len(tokens), _NORMAL)).tolist()
@@ -124,7 +131,7 @@ def _added(token_id: int, token: str, kind: int) -> dict[str, Any]:
     return {"id": token_id, "content": token, **flags, "special": kind == _CONTROL}
 
 
-def _merges(source: GgufSource) -> list[list[str]]:
+def _merges(source: Gguf) -> list[list[str]]:
     merges = [merge.split(" ") for merge in _typed(source, "tokenizer.ggml.merges", list)]
     odd = next((" ".join(merge) for merge in merges if len(merge) != 2), None)
     if odd is not None:
@@ -132,7 +139,7 @@ def _merges(source: GgufSource) -> list[list[str]]:
     return merges
 
 
-def _begin(source: GgufSource, tokens: list[str]) -> dict[str, Any]:
+def _begin(source: Gguf, tokens: list[str]) -> dict[str, Any]:
     """What comes before a text when special tokens are asked for."""
     settings = tokenizer_settings(source)
     bos = settings["bos_token"]
@@ -148,7 +155,7 @@ def _begin(source: GgufSource, tokens: list[str]) -> dict[str, Any]:
     }
 
 
-def _named_token(source: GgufSource, tokens: list[str], name: str) -> str | None:
+def _named_token(source: Gguf, tokens: list[str], name: str) -> str | None:
     key = f"tokenizer.ggml.{name}_token_id"
     token_id = _typed(source, key, int, None)
     if token_id is None:
@@ -161,7 +168,7 @@ def _named_token(source: GgufSource, tokens: list[str], name: str) -> str | None
 _NEEDED = object()
 
 
-def _typed(source: GgufSource, key: str, kind: type, otherwise: Any = _NEEDED) -> Any:
+def _typed(source: Gguf, key: str, kind: type, otherwise: Any = _NEEDED) -> Any:
     """The value of a key, of type `kind`."""
     found = source.metadata.get(key, otherwise)
     if found is _NEEDED:

@@ -1,0 +1,25 @@
+"""From a run's config to its tasks, and the checks that come before anything runs."""
+
+from collections.abc import Callable, Sequence
+
+from ringjax.training.config import RunConfig
+from ringjax.training.task import Task
+from ringjax.training.transformer_task import TransformerTask
+from ringjax.training.yaml_tree import ConfigError
+
+
+def make_tasks(config: RunConfig) -> tuple[Task, ...]:
+    """One task for each stage of the run."""
+    return tuple(TransformerTask(stage) for stage in config.stage_list)
+
+
+def check_tasks(tasks: Sequence[Task], check: Callable[[Task], None]) -> None:
+    """Call `check` for every stage; raises ConfigError with one line for each stage that it refuses."""
+    problems = []
+    for task in tasks:
+        try:
+            check(task)
+        except (ValueError, OSError, ImportError) as error:
+            problems.append(f"stage {task.stage.name!r}: {error}" if len(tasks) > 1 else str(error))
+    if problems:
+        raise ConfigError(problems)

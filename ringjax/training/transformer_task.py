@@ -1,0 +1,79 @@
+"""The transformer as the training loop sees it: tokens in, next-token loss out."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ringjax.data.tokenizers import tokenizer_files
+from ringjax.models.parallel import Parallel
+from ringjax.training import progress
+from ringjax.training.config import StageConfig
+from ringjax.training.evaluate import Evaluator
+from ringjax.training.feed import Feed, check_stage_data
+from ringjax.training.load import check_stage_devices
+from ringjax.training.mesh import is_simulated
+from ringjax.training.run_folder import TOKENIZER
+from ringjax.training.start import Start, first_params
+from ringjax.training.step import Trainer, make_trainer, readable
+from ringjax.training.task import Measured, Task
+from ringjax.training.utilisation import flops_per_row, mfu
+
+
+class TransformerTask(Task):
+    """One stage of a transformer's run."""
+
+    stage: StageConfig
+    plot_lines = (("text_loss", "text", "tab:blue"), ("vision_loss", "pictures", "tab:orange"))
+    plot_label = "loss (nats a token)"
+
+    def check_devices(self, device_count: int) -> None:
+        check_stage_devices(self.stage, device_count, is_simulated())
+
+    def check_data(self) -> None:
+        check_stage_data(self.stage)
+
+    def trainer(self, mesh: Mesh, seed: int, start: int) -> Trainer:
+        stage, training = self.stage, self.stage.training
+        return make_trainer(
+            stage.model, stage.optimizer, self._parallel(mesh), steps=training.steps, start=start,
+            donate=not training.debug_nans,
+        )  # fmt: skip
+
+    def _parallel(self, mesh: Mesh) -> Parallel:
+        return Parallel(mesh, self.stage.mesh.layout, self.stage.mesh.strategy, self.stage.mesh.backend)
+
+    def files(self) -> dict[str, bytes]:
+        return {f"{TOKENIZER}/{name}": text for name, text in tokenizer_files(self.stage.data.tokenizer).items()}
+
+    def first_params(self, start: Start, mesh: Mesh, seed: int) -> tuple[Any, list[str]]:
+        return first_params(start, self.stage.model, self._parallel(mesh), seed)
+
+    def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None) -> Feed:
+        return Feed(self.stage, mesh, seed, state)
+
+    def evaluator(self, trainer: Trainer, feed: Feed, seed: int) -> Evaluator:
+        return Evaluator(self.stage, trainer, feed, seed)
+
+    def amount(self) -> str:
+        training, mesh = self.stage.training, self.stage.mesh
+        return f"{training.batch_size} × {training.seq_len} tokens a step, {mesh.layout} {mesh.strategy}"
+
+    def readable(self, metrics: dict[str, float]) -> Measured:
+        return readable(metrics)
+
+    def speed(self, parameters: int, seconds: float) -> Measured:
+        model, training, devices = self.stage.model, self.stage.training, jax.devices()
+        width = model.heads * model.head_size
+        flops = training.batch_size * flops_per_row(parameters, model.layers, width, training.seq_len)
+        return {
+            "tokens_per_second": training.batch_size * training.seq_len / seconds,
+            "mfu": mfu(flops, seconds, devices[0].device_kind, len(devices)),
+        }
+
+    def describe(self, record: dict[str, Any]) -> str:
+        return progress.describe(record)
+
+    def describe_evaluation(self, results: dict[str, Measured]) -> str:
+        words = ", ".join(f"{source} {values['loss']:.4f}" for source, values in results.items())
+        return f"held-out loss {words}"
