@@ -1,7 +1,6 @@
 """`ringjax eval needle | ruler | perplexity MODEL`: from options to a report; what is about pictures is handed on."""
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 from ringjax.evaluation.eval_config import EvalConfig, NeedleConfig, PerplexityConfig, QuestionConfig, RulerConfig
 from ringjax.evaluation.eval_progress import EvalProgress
 from ringjax.evaluation.eval_report import write_report
+from ringjax.evaluation.fingerprints import model_fingerprint
 from ringjax.evaluation.haystack import Haystack, read_texts, text_fingerprint
 from ringjax.evaluation.methods import Methods
 from ringjax.evaluation.needle import NeedleTask
@@ -24,8 +24,8 @@ from ringjax.evaluation.run_questions import check_questions, run_questions
 from ringjax.evaluation.summary import markdown, summarise
 from ringjax.evaluation.vision_command import VISION_KINDS, run_vision
 from ringjax.evaluation.vision_config import VisionConfig
+from ringjax.inference.run_text import open_text
 from ringjax.inference.text_model import TextModel
-from ringjax.interop.published import open_published
 from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
 from ringjax.training.mesh import make_mesh, simulate_devices
@@ -89,13 +89,14 @@ def run_perplexity(config: PerplexityConfig, methods: Methods, haystack: Haystac
                 sums, counts = losses([row for _, row in some])
                 seconds = (time.perf_counter() - start) / len(some)
                 for (cell, row), row_sums, row_counts in zip(some, sums, counts):
-                    line = record(name, cell, row, row_sums, row_counts, seconds) | {"compiled": first == 0}
+                    text = methods.model.vocabulary.decode(row.targets)
+                    line = record(name, cell, row, text, row_sums, row_counts, seconds) | {"compiled": first == 0}
                     results.add(line)
                     shown.step(f"{name} {length}", f"loss {line['loss']:.4f}")
 
 
 def _open_model(config: EvalConfig) -> Methods:
-    description = open_published(config.model).description
+    description = open_text(config.model).description
     context, changes = float(description.context), {}
     if config.rope_scaling is not None:
         original = None if config.rope_scaling == "linear" else description.context
@@ -147,16 +148,3 @@ def _about(config: EvalConfig) -> dict[str, Any]:
 
     device = jax.devices()[0]
     return {"ringjax": __version__, "device": device.device_kind, "options": dataclasses.asdict(config)}
-
-
-def model_fingerprint(path: str) -> str:
-    """A short name of a model's files: their names, sizes, beginnings and ends (not all of what may be terabytes)."""
-    source, size = Path(path), 1 << 16
-    digest = hashlib.sha256()
-    for file in [source] if source.is_file() else sorted(f for f in source.iterdir() if f.is_file()):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with open(file, "rb") as data:
-            digest.update(data.read(size))
-            data.seek(max(0, file.stat().st_size - size))
-            digest.update(data.read(size))
-    return digest.hexdigest()[:16]

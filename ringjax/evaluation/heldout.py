@@ -17,6 +17,7 @@ from jaxtyping import Int, UInt8
 
 from ringjax.data.errors import DataError
 from ringjax.data.fields import FieldEncoder
+from ringjax.data.heldout import heldout as is_heldout
 from ringjax.data.jsonl import JsonLines
 from ringjax.data.pictures import is_clip, read_frames
 from ringjax.evaluation.vision_config import Kind, VisionConfig
@@ -60,7 +61,8 @@ class HeldOut:
         whole = _lines(run, config)
         lines = tuple(line for line in whole if line.kind in config.kinds)
         if not lines:
-            raise ValueError(f"{config.data or DIGITS} holds no {' or '.join(config.kinds)}")
+            split = "" if config.split == "all" else f" in split {config.split}"
+            raise ValueError(f"{config.data or DIGITS} holds no {' or '.join(config.kinds)}{split}")
         return cls(run, config, lines, _fingerprint(run, config, whole))
 
     def captions(self, kind: Kind) -> list[str]:
@@ -124,13 +126,22 @@ def _fingerprint(run: TrainedRun, config: VisionConfig, lines: Sequence[Line]) -
 def _lines(run: TrainedRun, config: VisionConfig) -> list[Line]:
     if config.data is None or config.data == DIGITS:
         return _digits(run, config)
+    wanted = {"all": (False, True), "train": (False,), "heldout": (True,)}[config.split]
     rows = JsonLines(config.data)
     encoder = FieldEncoder(
         run.tokenizer, codes_per_frame=run.data.codes_per_frame, vision_codes=run.data.vision_codes,
         max_frames=run.data.max_frames,
     )  # fmt: skip
     folder = Path(config.data).parent
-    return [_line(rows[i], i, rows.place(i), folder, encoder, config) for i in range(len(rows))]
+    found = []
+    for i in range(len(rows)):
+        row, place = rows[i], rows.place(i)
+        caption = row.get(config.caption_key)
+        if not isinstance(caption, str) or not caption.strip():
+            raise DataError(f"{place}: field {config.caption_key!r} must be a caption, not {caption!r}")
+        if is_heldout(caption, config.heldout_share) in wanted:
+            found.append(_line(row, caption, i, place, folder, encoder, config))
+    return found
 
 
 def _digits(run: TrainedRun, config: VisionConfig) -> list[Line]:
@@ -138,6 +149,8 @@ def _digits(run: TrainedRun, config: VisionConfig) -> list[Line]:
 
     if config.data is None and not any(source.path == DIGITS for source in run.data.sources):
         raise ValueError(f"{config.model} was not trained on the digits; name held-out pictures with --data")
+    if config.split != "all":
+        raise ValueError(f"split {config.split} of {DIGITS}: its held-out part is what is asked; leave split out")
     rows, codes = digit_rows("heldout")
     if run.data.codes_per_frame != len(rows[0]["vision"]) or run.data.vision_codes < codes:
         raise ValueError(
@@ -151,11 +164,9 @@ def _digits(run: TrainedRun, config: VisionConfig) -> list[Line]:
 
 
 def _line(
-    row: Mapping[str, Any], index: int, place: str, folder: Path, encoder: FieldEncoder, config: VisionConfig
-) -> Line:
-    caption = row.get(config.caption_key)
-    if not isinstance(caption, str) or not caption.strip():
-        raise DataError(f"{place}: field {config.caption_key!r} must be a caption, not {caption!r}")
+    row: Mapping[str, Any], caption: str, index: int, place: str, folder: Path, encoder: FieldEncoder,
+    config: VisionConfig,
+) -> Line:  # fmt: skip
     if "vision" in row:
         codes = encoder.frames(row["vision"], f"{place}: field 'vision'")
         return Line(index, caption, "clips" if len(codes) > 1 else "pictures", place, codes, None)

@@ -1,7 +1,6 @@
 """`ringjax eval captions | drawings | gallery | video_needle RUN`: from options to a report."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ringjax.evaluation.choice_report import choice_lines, choice_markdown, writ
 from ringjax.evaluation.choices import require_choices
 from ringjax.evaluation.drawings import require_same_pictures, run_drawings
 from ringjax.evaluation.eval_report import write_report
+from ringjax.evaluation.fingerprints import model_fingerprint
 from ringjax.evaluation.gallery import write_gallery
 from ringjax.evaluation.heldout import HeldOut
 from ringjax.evaluation.results import Results
@@ -31,9 +31,7 @@ from ringjax.interop.published import is_published
 from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import with_config
-from ringjax.training.checkpoint import FOLDER, step_folders
 from ringjax.training.load import load_config
-from ringjax.training.manifest import NAME as MANIFEST
 
 VISION_KINDS: Mapping[str, type[VisionConfig]] = {
     "captions": CaptionsConfig, "drawings": DrawingsConfig, "gallery": GalleryConfig,
@@ -97,7 +95,9 @@ def _longer(config: VideoNeedleConfig) -> dict[str, Any]:
 def _find_needles(config: VideoNeedleConfig, heldout: HeldOut) -> str:
     haystack = heldout
     if config.haystack is not None:
-        haystack = HeldOut.open(heldout.run, dataclasses.replace(config, data=config.haystack))
+        haystack = HeldOut.open(
+            heldout.run, dataclasses.replace(config, data=config.haystack, split=config.haystack_split)
+        )
     task = VideoNeedleTask(config, heldout, haystack)
     for length in config.lengths:  # what would fail hours later
         task.ask(task.cells(length)[0])
@@ -134,20 +134,13 @@ def _choose(config: ChoiceConfig, heldout: HeldOut, parallel: Parallel) -> str:
 def _asked(config: VisionConfig, heldout: HeldOut) -> dict[str, Any]:
     """What decides the answers."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
-    asked |= {"run": run_fingerprint(config.model), "dtype": heldout.run.model.config.dtype}
+    asked |= {"run": model_fingerprint(config.model), "dtype": heldout.run.model.config.dtype}
     asked["heldout"] = heldout.fingerprint
     if isinstance(config, DrawingsConfig):
         # A drawing's random numbers are those of its place in its batch.
-        asked |= {"count": config.count, "kinds": config.kinds, "judge": run_fingerprint(config.judge or config.model)}
+        asked |= {"count": config.count, "kinds": config.kinds}
+        asked["judge"] = model_fingerprint(config.judge or config.model)
     return asked
-
-
-def run_fingerprint(folder: str | Path) -> str:
-    """A short name of a run's last checkpoint: the checksum of its manifest, which holds those of its files."""
-    for _, path in step_folders(Path(folder) / FOLDER):
-        if (path / MANIFEST).is_file():
-            return json.loads((path / MANIFEST).read_text("utf-8").partition("\n")[0])["sha256"][:16]
-    return "none"
 
 
 def _about(config: VisionConfig) -> dict[str, Any]:

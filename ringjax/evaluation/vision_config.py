@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from ringjax.data.heldout import SHARE, Split
+from ringjax.data.heldout import heldout as is_heldout
 from ringjax.data.pictures import Fit
 from ringjax.inference import lwm_prompts
 from ringjax.inference.on_mesh import OnMesh
@@ -33,6 +35,10 @@ class VisionConfig(OnMesh):
     null: the held-out digits, for runs that were trained on the others."""
     kinds: tuple[Kind, ...] = ("pictures", "clips")
     """Which of them; a clip is what has more than one frame."""
+    split: Split = "all"
+    """Which lines of `data`: all, or those whose captions `ringjax tokenize` keeps aside (heldout) or trains on."""
+    heldout_share: float = SHARE
+    """Share of the captions that is kept aside, as it was for `ringjax tokenize`."""
     count: int | None = None
     """Pictures, and clips, at most, drawn with the seed; null: all."""
     caption_key: str = "caption"
@@ -56,6 +62,7 @@ class VisionConfig(OnMesh):
         self.check_mesh()
         _require(bool(self.kinds), "kinds: name pictures, clips, or both")
         _require(len(set(self.kinds)) == len(self.kinds), f"kinds {' '.join(self.kinds)}: each once")
+        is_heldout("", self.heldout_share)
         _require(self.count is None or self.count >= 1, f"count {self.count} must be at least 1")
         _require(0 <= self.seed < 2**31, f"seed {self.seed} must be in [0, 2^31)")
 
@@ -167,6 +174,8 @@ class VideoNeedleConfig(VisionConfig):
     """Clips alone."""
     haystack: str | None = None
     """Another .jsonl, whose clips make the long video; null: clips of `data`."""
+    haystack_split: Split = "all"
+    """Which lines of `haystack`."""
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768)
     """Tokens of a prompt at most, video and question; met to the frame."""
     depths: tuple[float, ...] = (0, 25, 50, 75, 100)
@@ -192,6 +201,10 @@ class VideoNeedleConfig(VisionConfig):
         super().__post_init__()
         _require(self.kinds == ("clips",), f"kinds {' '.join(self.kinds)}: a video is made of clips alone")
         _require(self.count is None, f"count {self.count}: say how many with --per_cell")
+        _require(
+            self.haystack is not None or self.haystack_split == "all",
+            f"haystack_split {self.haystack_split} without a haystack; name it, or use --split",
+        )
         _require(bool(self.lengths) and min(self.lengths) >= 2, f"lengths {self.lengths} must be numbers of at least 2")
         _require(
             bool(self.depths) and all(0 <= depth <= 100 for depth in self.depths),

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ringjax.data.tokenizers import gguf_files
+from ringjax.data.tokenizers import TextTokenizer, gguf_files
 from ringjax.interop import hf
 from ringjax.interop.hf_config import Description
 from ringjax.interop.load import load_params
@@ -25,11 +25,11 @@ _ONE_DEVICE = Parallel()
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A model of another project: its shape, its tokenizer's files as texts or as a folder, and a way to load it."""
+    """A model of another project: its shape, its tokenizer (a folder, texts, or itself), and a way to load it."""
 
     path: Path
     description: Description
-    tokenizer: Path | Mapping[str, str]
+    tokenizer: Path | Mapping[str, str] | TextTokenizer
     _load: Callable[[ModelConfig, Parallel], Transformer]
 
     def load(
