@@ -24,7 +24,7 @@ from ringjax.evaluation.run_questions import check_questions, run_questions
 from ringjax.evaluation.summary import markdown, summarise
 from ringjax.evaluation.vision_command import VISION_KINDS, run_vision
 from ringjax.evaluation.vision_config import VisionConfig
-from ringjax.inference.run_text import open_text
+from ringjax.inference.run_text import is_run, open_text
 from ringjax.inference.text_model import TextModel
 from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
@@ -74,8 +74,8 @@ def run_eval(config: EvalConfig | VisionConfig) -> str:
 
 def run_perplexity(config: PerplexityConfig, methods: Methods, haystack: Haystack, results: Results) -> None:
     """The losses of all rows that `results` do not hold yet."""
-    bos_id = methods.model.vocabulary.bos_id
-    rows = {length: cut_rows(haystack, length, config.rows, bos_id) for length in config.lengths}
+    begin = methods.model.vocabulary.bos_id, not is_run(config.model)
+    rows = {length: cut_rows(haystack, length, config.rows, *begin) for length in config.lengths}
     todo = [(length, name) for length in config.lengths for name in config.method]
     done = sum(results.has(n, Cell("perplexity", t, None, i)) for t, n in todo for i in range(len(rows[t])))
     with EvalProgress(config.progress, sum(len(rows[length]) for length, _ in todo), done) as shown:

@@ -33,7 +33,7 @@ class Line:
     """One held-out picture or clip, not read yet."""
 
     index: int
-    """Which line of the file that has text, from 0."""
+    """Its number among the lines of the wanted side of the split, from 0, over all files."""
     caption: str
     kind: Kind
     place: str
@@ -62,7 +62,7 @@ class HeldOut:
         lines = tuple(line for line in whole if line.kind in config.kinds)
         if not lines:
             split = "" if config.split == "all" else f" in split {config.split}"
-            raise ValueError(f"{config.data or DIGITS} holds no {' or '.join(config.kinds)}{split}")
+            raise ValueError(f"{' '.join(config.data) or DIGITS} holds no {' or '.join(config.kinds)}{split}")
         return cls(run, config, lines, _fingerprint(run, config, whole))
 
     def captions(self, kind: Kind) -> list[str]:
@@ -124,30 +124,36 @@ def _fingerprint(run: TrainedRun, config: VisionConfig, lines: Sequence[Line]) -
 
 
 def _lines(run: TrainedRun, config: VisionConfig) -> list[Line]:
-    if config.data is None or config.data == DIGITS:
+    if config.data in ((), (DIGITS,)):
         return _digits(run, config)
-    wanted = {"all": (False, True), "train": (False,), "heldout": (True,)}[config.split]
-    rows = JsonLines(config.data)
     encoder = FieldEncoder(
         run.tokenizer, codes_per_frame=run.data.codes_per_frame, vision_codes=run.data.vision_codes,
         max_frames=run.data.max_frames,
     )  # fmt: skip
-    folder = Path(config.data).parent
-    found = []
-    for i in range(len(rows)):
-        row, place = rows[i], rows.place(i)
+    found: list[Line] = []
+    for name in config.data:
+        found += _lines_of(name, len(found), encoder, config)
+    return found
+
+
+def _lines_of(name: str, first: int, encoder: FieldEncoder, config: VisionConfig) -> list[Line]:
+    """The lines of a file that are on the wanted side of the split, numbered from `first` on."""
+    wanted = {"all": (False, True), "train": (False,), "heldout": (True,)}[config.split]
+    rows, found = JsonLines(name), []
+    for number in range(len(rows)):
+        row, place = rows[number], rows.place(number)
         caption = row.get(config.caption_key)
         if not isinstance(caption, str) or not caption.strip():
             raise DataError(f"{place}: field {config.caption_key!r} must be a caption, not {caption!r}")
         if is_heldout(caption, config.heldout_share) in wanted:
-            found.append(_line(row, caption, i, place, folder, encoder, config))
+            found.append(_line(row, caption, first + len(found), place, Path(name).parent, encoder, config))
     return found
 
 
 def _digits(run: TrainedRun, config: VisionConfig) -> list[Line]:
     from ringjax.data.samples_vision import digit_rows
 
-    if config.data is None and not any(source.path == DIGITS for source in run.data.sources):
+    if not config.data and not any(source.path == DIGITS for source in run.data.sources):
         raise ValueError(f"{config.model} was not trained on the digits; name held-out pictures with --data")
     if config.split != "all":
         raise ValueError(f"split {config.split} of {DIGITS}: its held-out part is what is asked; leave split out")

@@ -53,15 +53,15 @@ class VideoNeedleTask:
         if found < needed:
             of_them = f" and {self.config.concepts} concepts of the video" if own else ""
             raise ValueError(
-                f"{self.config.data} has {found} different captions of clips, and {self.config.choices}"
+                f"{' '.join(self.config.data)} has {found} different captions of clips, and {self.config.choices}"
                 f" choices{of_them} need {needed}; give more, fewer --choices or --concepts, or a --haystack of its own"
             )
         # In the worst case the choices of a question are captions of the haystack, and cannot be in its video.
         found, needed = len(self.haystack.captions("clips")), self.config.choices + self.config.concepts
         if not own and found < needed:
             raise ValueError(
-                f"haystack {self.config.haystack} has {found} different captions of clips; {self.config.concepts} of"
-                f" them beside {self.config.choices} choices need {needed}"
+                f"haystack {' '.join(self.config.haystack)} has {found} different captions of clips;"
+                f" {self.config.concepts} of them beside {self.config.choices} choices need {needed}"
             )
 
     def cells(self, length: int) -> list[Cell]:

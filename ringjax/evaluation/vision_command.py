@@ -94,7 +94,7 @@ def _longer(config: VideoNeedleConfig) -> dict[str, Any]:
 
 def _find_needles(config: VideoNeedleConfig, heldout: HeldOut) -> str:
     haystack = heldout
-    if config.haystack is not None:
+    if config.haystack:
         haystack = HeldOut.open(
             heldout.run, dataclasses.replace(config, data=config.haystack, split=config.haystack_split)
         )

@@ -30,9 +30,9 @@ class VisionConfig(OnMesh):
     """The folder of a run that `ringjax train` made, of a model with a vision table."""
     output: str = "runs/eval_vision"
     """Folder for results.jsonl, picture and report; an evaluation that was interrupted goes on there."""
-    data: str | None = None
-    """Held-out pictures and clips: a .jsonl with a caption, and codes (`vision`) or a picture's name (`file`), a line;
-    null: the held-out digits, for runs that were trained on the others."""
+    data: tuple[str, ...] = ()
+    """Held-out pictures and clips: .jsonl files with a caption, and codes (`vision`) or a picture's name (`file`), a
+    line; none: the held-out digits, for runs that were trained on the others."""
     kinds: tuple[Kind, ...] = ("pictures", "clips")
     """Which of them; a clip is what has more than one frame."""
     split: Split = "all"
@@ -172,8 +172,8 @@ class VideoNeedleConfig(VisionConfig):
     """Folder for results.jsonl, pictures and report; an evaluation that was interrupted goes on there."""
     kinds: tuple[Kind, ...] = ("clips",)
     """Clips alone."""
-    haystack: str | None = None
-    """Another .jsonl, whose clips make the long video; null: clips of `data`."""
+    haystack: tuple[str, ...] = ()
+    """Other .jsonl files, whose clips make the long video; none: clips of `data`."""
     haystack_split: Split = "all"
     """Which lines of `haystack`."""
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768)
@@ -202,7 +202,7 @@ class VideoNeedleConfig(VisionConfig):
         _require(self.kinds == ("clips",), f"kinds {' '.join(self.kinds)}: a video is made of clips alone")
         _require(self.count is None, f"count {self.count}: say how many with --per_cell")
         _require(
-            self.haystack is not None or self.haystack_split == "all",
+            bool(self.haystack) or self.haystack_split == "all",
             f"haystack_split {self.haystack_split} without a haystack; name it, or use --split",
         )
         _require(bool(self.lengths) and min(self.lengths) >= 2, f"lengths {self.lengths} must be numbers of at least 2")

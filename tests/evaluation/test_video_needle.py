@@ -20,7 +20,7 @@ from tests.evaluation.vision_run import WORDS, codes, learned_run, write_lines
 def given(tmp_path):
     """Clips of all twelve, three frames each; a third of the choices, so that some are left for the video."""
     lines = write_lines(tmp_path / "clips.jsonl", range(12), frames=3)
-    return {"model": str(learned_run()), "data": str(lines), "progress": "none", "choices": 4, "concepts": 3}
+    return {"model": str(learned_run()), "data": (str(lines),), "progress": "none", "choices": 4, "concepts": 3}
 
 
 def needle(given, folder, **changes):
@@ -68,9 +68,9 @@ def test_only_the_right_caption_is_in_the_video(given, tmp_path, length):
 
 def test_a_haystack_of_its_own(given, tmp_path):
     hay = write_lines(tmp_path / "hay.jsonl", [0, 1, 2, 3, 4, 5, 6], frames=2)
-    config = needle(given, tmp_path, haystack=str(hay))
+    config = needle(given, tmp_path, haystack=(str(hay),))
     run = TrainedRun.load(config.model)
-    sets = [HeldOut.open(run, dataclasses.replace(config, data=data)) for data in (config.data, str(hay))]
+    sets = [HeldOut.open(run, dataclasses.replace(config, data=data)) for data in (config.data, (str(hay),))]
     made = VideoNeedleTask(config, *sets)
     for cell in made.cells(150):
         video = made.ask(cell)
@@ -137,10 +137,10 @@ def test_refused(given, tmp_path):
         run_eval(needle(given, tmp_path, lengths=(20,)))
     few = write_lines(tmp_path / "few.jsonl", range(6), frames=3)
     with pytest.raises(ValueError, match="has 6 different captions of clips; 3 of them beside 4 choices need 7"):
-        run_eval(needle(given, tmp_path, haystack=str(few)))
+        run_eval(needle(given, tmp_path, haystack=(str(few),)))
     pictures = write_lines(tmp_path / "pictures.jsonl", range(12))
     with pytest.raises(ValueError, match="holds no clips"):
-        run_eval(needle(given | {"data": str(pictures)}, tmp_path))
+        run_eval(needle(given | {"data": (str(pictures),)}, tmp_path))
     for message, changes in {
         "a video is made of clips alone": {"kinds": ("clips", "pictures")},
         "say how many with --per_cell": {"count": 3},

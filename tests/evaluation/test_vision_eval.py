@@ -11,6 +11,7 @@ from PIL import Image
 from ringjax import cli
 from ringjax.data.config import DataConfig
 from ringjax.data.errors import DataError
+from ringjax.data.heldout import heldout
 from ringjax.evaluation import drawings, gallery
 from ringjax.evaluation.choice_report import Share
 from ringjax.evaluation.choices import draw_choices
@@ -28,15 +29,40 @@ ALL = range(12)
 
 @pytest.fixture
 def lines(tmp_path):
-    """Pictures of all twelve, and clips of the first eleven."""
+    """Pictures of all twelve, and clips of the first eleven, in one file."""
     path = write_lines(tmp_path / "heldout.jsonl", ALL)
     clips = write_lines(tmp_path / "clips.jsonl", range(11), frames=3)
     path.write_text(path.read_text() + clips.read_text())
     return str(path)
 
 
+def test_several_files_and_a_split(lines, tmp_path):
+    """As one file; of a split, the captions that `ringjax tokenize` keeps aside."""
+    rows = Path(lines).read_text().splitlines(keepends=True)
+    parts = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for path, some in zip(parts, (rows[:5], rows[5:])):
+        path.write_text("".join(some))
+    run, whole = TrainedRun.load(learned_run()), captions(lines, tmp_path)
+    several = dataclasses.replace(whole, data=tuple(map(str, parts)))
+    one, two = HeldOut.open(run, whole), HeldOut.open(run, several)
+    assert one.fingerprint == two.fingerprint
+    assert [(x.index, x.caption, x.kind) for x in one.lines] == [(x.index, x.caption, x.kind) for x in two.lines]
+    sides = {}
+    for split in ("heldout", "train"):
+        found = HeldOut.open(run, dataclasses.replace(several, split=split, heldout_share=0.4))
+        sides[split] = set(found.captions("pictures"))
+        assert [line.index for line in found.lines] == list(range(len(found.lines)))
+    assert sides["heldout"] == {word for word in WORDS if heldout(word, 0.4)} and all(sides.values())
+    assert sides["heldout"] | sides["train"] == set(WORDS) and not sides["heldout"] & sides["train"]
+    with pytest.raises(ValueError, match="holds no pictures or clips in split heldout"):
+        HeldOut.open(run, dataclasses.replace(several, split="heldout", heldout_share=0.0))
+    digits = TrainedRun.load(tiny_run())
+    with pytest.raises(ValueError, match="split train of sample:digits"):
+        HeldOut.open(digits, CaptionsConfig(str(tiny_run()), split="train"))
+
+
 def captions(data, folder, run=learned_run, **changes):
-    return CaptionsConfig(str(run()), output=str(folder), data=data, progress="none", **changes)
+    return CaptionsConfig(str(run()), output=str(folder), data=data and (data,), progress="none", **changes)
 
 
 def records(folder):
@@ -62,7 +88,7 @@ def test_a_model_that_knows_is_always_right(lines, tmp_path):
 
 def test_a_model_that_knows_nothing_is_at_chance(tmp_path):
     """Ten captions of equally many digits each: whatever a blind model prefers is right once in ten."""
-    run_eval(captions(None, tmp_path, tiny_run, count=200))
+    run_eval(captions((), tmp_path, tiny_run, count=200))
     found = records(tmp_path)
     share = Share.of(sum(record["score"] == 1 for record in found), len(found))
     assert share.count == 200 and share.low < 0.1 < share.high
@@ -106,15 +132,15 @@ def test_a_mesh_changes_no_answer(lines, tmp_path):
 
 def test_choices_depend_on_seed_and_line_alone(lines, tmp_path):
     run = TrainedRun.load(learned_run())
-    heldout = HeldOut.open(run, captions(lines, tmp_path))
-    first, last = heldout.lines[0], heldout.lines[11]
-    assert draw_choices(heldout, last, 10, 3) == draw_choices(heldout, last, 10, 3)
-    assert draw_choices(heldout, last, 10, 3) != draw_choices(heldout, last, 10, 4)
-    drawn = [draw_choices(heldout, first, 10, seed) for seed in range(60)]
+    found = HeldOut.open(run, captions(lines, tmp_path))
+    first, last = found.lines[0], found.lines[11]
+    assert draw_choices(found, last, 10, 3) == draw_choices(found, last, 10, 3)
+    assert draw_choices(found, last, 10, 3) != draw_choices(found, last, 10, 4)
+    drawn = [draw_choices(found, first, 10, seed) for seed in range(60)]
     assert {choices.right for choices in drawn} == set(range(10))
     assert {caption for choices in drawn for caption in choices.captions} == set(WORDS)
     assert all(choices.captions[choices.right] == first.caption for choices in drawn)
-    few, many = heldout.chosen(3), heldout.chosen(7)
+    few, many = found.chosen(3), found.chosen(7)
     assert [line.kind for line in few] == ["pictures"] * 3 + ["clips"] * 3
     assert {line.place for line in few} <= {line.place for line in many}
 
@@ -142,7 +168,7 @@ def coded(monkeypatch):
 
 def drawn(data, folder, run=learned_run, **changes):
     options = {"see": "codes", "temperature": 0.0, "guidance": 1.0, "batch": 4, **changes}
-    return DrawingsConfig(str(run()), output=str(folder), data=data, progress="none", **options)
+    return DrawingsConfig(str(run()), output=str(folder), data=data and (data,), progress="none", **options)
 
 
 def test_drawings_of_a_model_that_can_draw(lines, tmp_path, coded):
@@ -178,7 +204,7 @@ def test_drawings_of_a_model_that_draws_the_wrong_thing(lines, tmp_path, coded, 
 
 def test_drawings_through_pixels(tmp_path):
     """What the judge sees was a picture in between, of drawings and of real ones."""
-    config = drawn(None, tmp_path, tiny_run, see="pixels", count=6, guidance=2.0, temperature=1.0)
+    config = drawn((), tmp_path, tiny_run, see="pixels", count=6, guidance=2.0, temperature=1.0)
     run_eval(config)
     run = TrainedRun.load(tiny_run())
     found = records(tmp_path)
@@ -210,7 +236,7 @@ def test_clips_play(tmp_path):
     rows = [json.dumps({"caption": word, "vision": [i] * 16 + [i + 1] * 16}) for i, word in enumerate(WORDS)]
     (tmp_path / "clips.jsonl").write_text("\n".join(rows))
     config = GalleryConfig(
-        str(tiny_run()), output=str(tmp_path / "all.png"), data=str(tmp_path / "clips.jsonl"), clips=2, batch=2
+        str(tiny_run()), output=str(tmp_path / "all.png"), data=(str(tmp_path / "clips.jsonl"),), clips=2, batch=2
     )
     assert run_eval(config) == f"{tmp_path}/all_clips.webp: 2 frames"
     with Image.open(tmp_path / "all_clips.webp") as clip:
@@ -225,10 +251,10 @@ def test_cards_show_file_code_and_drawing(tmp_path):
     rows = [json.dumps({"caption": word, "file": f"{i}.png"}) for i, word in enumerate(WORDS[:2])]
     (folder / "captions.jsonl").write_text("\n".join(rows))
     config = GalleryConfig(
-        str(tiny_run()), output=str(tmp_path / "a.png"), data=str(folder / "captions.jsonl"), batch=2
+        str(tiny_run()), output=str(tmp_path / "a.png"), data=(str(folder / "captions.jsonl"),), batch=2
     )
-    heldout = HeldOut.open(TrainedRun.load(tiny_run()), config)
-    cards = gallery._cards(config, heldout, heldout.chosen(2))
+    found = HeldOut.open(TrainedRun.load(tiny_run()), config)
+    cards = gallery._cards(config, found, found.chosen(2))
     assert [card.caption for card in cards] == list(WORDS[:2])
     for number, card in enumerate(cards):
         assert [name for name, _ in card.tiles] == ["real", "coded", "drawn"]
@@ -246,7 +272,7 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_wrong_options(message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        captions(None, tmp_path, **REFUSED[message])
+        captions((), tmp_path, **REFUSED[message])
 
 
 def test_wrong_drawings(tmp_path):
@@ -257,7 +283,7 @@ def test_wrong_drawings(tmp_path):
         "temperature -1": {"temperature": -1.0},
     }.items():
         with pytest.raises(ValueError, match=message):
-            drawn(None, tmp_path, **changes)
+            drawn((), tmp_path, **changes)
     with pytest.raises(ValueError, match="must be the name of a .png file"):
         GalleryConfig("run", output="gallery.webp")
     with pytest.raises(ValueError, match="nothing to show"):
@@ -271,7 +297,7 @@ def test_what_cannot_be_asked(lines, tmp_path):
     run_eval(captions(str(few), tmp_path / "three", choices=3))
     assert all(record["score"] == 1 for record in records(tmp_path / "three"))
     with pytest.raises(ValueError, match="was not trained on the digits; name held-out pictures with --data"):
-        run_eval(captions(None, tmp_path))
+        run_eval(captions((), tmp_path))
     with pytest.raises(ValueError, match="does not say which image tokenizer made its codes"):
         run_eval(drawn(lines, tmp_path))
     with pytest.raises(FileNotFoundError, match="no run folder"):
@@ -302,7 +328,7 @@ def test_faulty_lines_are_named(row, fault, tmp_path):
 
 def test_judges(tmp_path, monkeypatch):
     """Another run may judge, if it sees pictures like these; the same codes only with the same tokenizer."""
-    run_eval(drawn(None, tmp_path / "out", tiny_run, see="pixels", count=4, judge=str(tiny_run())))
+    run_eval(drawn((), tmp_path / "out", tiny_run, see="pixels", count=4, judge=str(tiny_run())))
     assert len(records(tmp_path / "out")) == 8
     one, other = TrainedRun.load(tiny_run()), TrainedRun.load(tiny_run())
     drawings.require_same_pictures(one, other, "codes")
