@@ -140,6 +140,7 @@ def test_choices_depend_on_seed_and_line_alone(lines, tmp_path):
     assert {choices.right for choices in drawn} == set(range(10))
     assert {caption for choices in drawn for caption in choices.captions} == set(WORDS)
     assert all(choices.captions[choices.right] == first.caption for choices in drawn)
+    assert all(len(set(choices.captions)) == 10 for choices in drawn)
     few, many = found.chosen(3), found.chosen(7)
     assert [line.kind for line in few] == ["pictures"] * 3 + ["clips"] * 3
     assert {line.place for line in few} <= {line.place for line in many}
