@@ -102,17 +102,17 @@ def _nearest(name: str, choices) -> str:
 
 
 def _load(arguments: list[str], command: str):
-    """The config named on the command line with its overrides; prints the help and leaves for `--help`."""
+    """The run named on the command line with its overrides; prints the help and leaves for `--help`."""
     from ringjax.interop.start import open_start
-    from ringjax.training.load import load_config
+    from ringjax.training.load import load_run
 
     wants_help = any(argument in ("-h", "--help") for argument in arguments)
     positional, pairs = split_overrides([a for a in arguments if a not in ("-h", "--help")])
     if wants_help:
-        _config_help(command, load_config(positional[0], pairs, open_start) if positional else None)
+        _config_help(command, load_run(positional[0], pairs, open_start) if positional else None)
     if len(positional) != 1:
         raise UsageError(f"ringjax {command} takes one CONFIG, not {len(positional)}: {' '.join(positional) or 'none'}")
-    return load_config(positional[0], pairs, open_start)
+    return load_run(positional[0], pairs, open_start)
 
 
 def _config_help(command: str, config) -> NoReturn:
@@ -121,7 +121,8 @@ def _config_help(command: str, config) -> NoReturn:
 
     config = config or parse_config("{model: {size: debug}, data: {}}")
     about = "Overrides on top of CONFIG, with its values. Stages are set alike: --stages.0.training.steps 10"
-    print_help(dataclasses.replace(config, stages=()), f"ringjax {command} CONFIG", about)
+    config = dataclasses.replace(config, stages=()) if hasattr(config, "stages") else config
+    print_help(config, f"ringjax {command} CONFIG", about)
 
 
 def _train(arguments: list[str]) -> int:
@@ -166,10 +167,17 @@ def _tokenize(arguments: list[str]) -> int:
         usage = "ringjax tokenize INPUT … --output FOLDER"
         print_help(TokenizeConfig(("INPUT",), "FOLDER"), usage, "Text, pictures and clips to a data set.")
     flags = [field.name for field in dataclasses.fields(TokenizeConfig) if field.type is bool]
-    inputs, pairs = split_overrides(arguments, flags)
-    values = {key: parse_value(value, f"--{key}") for key, value in pairs}
-    if inputs:
-        values["inputs"] = to_item(inputs, "command line")
+    words = [field.name for field in dataclasses.fields(TokenizeConfig) if "str" in str(field.type)]
+    lists = ("inputs", "fields")
+    inputs, pairs = split_overrides(arguments, flags, lists)
+    # Words are taken as they are: "[vision],caption" would be a list in YAML.
+    values = {
+        key: to_item(value, f"--{key}") if key in words and value != "null" else parse_value(value, f"--{key}")
+        for key, value in pairs
+    }
+    given = {name: [value for key, value in pairs if key == name] for name in lists}
+    given["inputs"] += inputs
+    values |= {name: to_item(found, "command line") for name, found in given.items() if found}
     print(run_tokenize(build(TokenizeConfig, Item(values, "command line"))))
     return OK
 

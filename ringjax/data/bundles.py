@@ -3,7 +3,7 @@
     join 1                    an example a line, `variants` times
     join_as "turns"           some lines one after the other, each by the spec: captions and pictures, interleaved
     join_as "video"           the frames of all of them as one video, their texts joined by "; "
-    join_as "needle"          one line's frames among copies of another's: the texts are those of the one
+    join_as "needle"          one line's frames among copies of a few others': the texts are those of the one
 
 Lines are joined in a new random order for each of the `variants`, so that a picture stands beside others every time.
 """
@@ -17,6 +17,8 @@ import numpy as np
 
 from ringjax.data.fields import Spec
 
+CONCEALING = 4
+"""Lines that a needle hides among, at most, each again and again."""
 JoinAs = Literal["turns", "video", "needle"]
 
 
@@ -89,8 +91,10 @@ def plan(
 
 
 def _hide(order: list[Part], number: int, rng: np.random.Generator, least: int, most: int) -> Bundle:
-    """Part `number` at a random depth among copies of another one."""
-    other = order[(number + int(rng.integers(1, len(order)))) % len(order)]
+    """Part `number` at a random depth among copies of one to four others."""
+    few = 1 + rng.permutation(len(order) - 1)[: int(rng.integers(1, CONCEALING + 1))]
     places = max(2, int(rng.integers(least, most + 1)))
+    parts = [order[(number + int(i)) % len(order)] for i in rng.choice(few, places)]
     depth = int(rng.integers(places))
-    return Bundle(tuple(order[number] if i == depth else other for i in range(places)), needle=depth)
+    parts[depth] = order[number]
+    return Bundle(tuple(parts), needle=depth)

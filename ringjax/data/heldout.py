@@ -9,8 +9,10 @@ black and white" has the words of "two red fox", and "man dancing" those of "wom
 
 import hashlib
 import re
+import unicodedata
 from typing import Literal
 
+Side = Literal["train", "heldout"]
 Split = Literal["all", "train", "heldout"]
 SHARE = 0.1
 _ARTICLES = {"a", "an", "the"}
@@ -19,7 +21,8 @@ _PEOPLE = {"man", "men", "woman", "women", "person", "people", "boy", "girl"}
 
 def concept(caption: str) -> str:
     """The words of a caption in lower case and singular, without articles, "black and white", and who does it."""
-    words = [_singular(word) for word in re.findall(r"\w+", caption.lower()) if word not in _ARTICLES]
+    plain = unicodedata.normalize("NFKC", caption).casefold()
+    words = [_singular(word) for word in re.findall(r"\w+", plain) if word not in _ARTICLES]
     colourless = re.sub(r"\bblack and white\b", " ", " ".join(words)).split() or words
     return " ".join([word for word in colourless if word not in _PEOPLE] or colourless)
 
@@ -40,3 +43,8 @@ def heldout(caption: str, share: float = SHARE) -> bool:
         raise ValueError(f"heldout_share {share!r} must lie between 0 (nothing is kept aside) and 1")
     digest = hashlib.sha256(concept(caption).encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def side_of(caption: str, share: float = SHARE) -> Side:
+    """The side of a caption, by name."""
+    return "heldout" if heldout(caption, share) else "train"

@@ -7,6 +7,7 @@ background; palettes, grey, CMYK and 16-bit grey become RGB or grey as the image
 import contextlib
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +45,28 @@ def read_frames(
         DataError: the file is missing, damaged, of another kind, or too large.
     """
     with _explained(path):
-        return _read(Path(path), resolution, channels, fit, background, max_frames)
+        return _read(Path(path), resolution, channels, fit, background, lambda count: spread(count, max_frames))
+
+
+def read_frame(
+    path: str | Path, index: int, resolution: int, *, channels: int = 3, fit: Fit = "crop", background: str = "white"
+) -> UInt8[np.ndarray, "H W *C"]:
+    """Frame `index` of a file, made as `read_frames` makes it; raises as it does."""
+    with _explained(path):
+        return _read(Path(path), resolution, channels, fit, background, lambda count: [index])[0]
+
+
+def count_frames(path: str | Path) -> int:
+    """How many frames a file has, 1 for a picture; only its beginning is looked at. Raises as `read_frames` does."""
+    with _explained(path), Image.open(path, formats=FORMATS) as picture:
+        return getattr(picture, "n_frames", 1)
+
+
+def spread(count: int, most: int | None) -> list[int]:
+    """The indices of `count` frames, or `most` of them, evenly spread."""
+    if most is None or count <= most:
+        return list(range(count))
+    return np.linspace(0, count - 1, most).astype(int).tolist()
 
 
 def open_picture(path: str | Path, channels: int = 3, background: str = "white") -> Image.Image:
@@ -92,8 +114,8 @@ def read_clip(
     files = sorted((file for file in Path(path).iterdir() if file.suffix.lower() in SUFFIXES), key=_natural)
     if not files:
         raise DataError(f"folder {path} holds no frames; put {', '.join(SUFFIXES)} files into it, one a frame")
-    if max_frames is not None and len(files) > max_frames:
-        files = [files[i] for i in np.linspace(0, len(files) - 1, max_frames).astype(int)]
+    if max_frames is not None:
+        files = [files[i] for i in spread(len(files), max_frames)]
     frames = [
         read_frames(file, resolution, channels=channels, fit=fit, background=background, max_frames=1)[0]
         for file in files
@@ -109,8 +131,7 @@ def is_clip(path: str | Path) -> bool:
     """Whether this is several frames: a folder, or an animated file. Raises as `read_frames` does."""
     if Path(path).is_dir():
         return True
-    with _explained(path), Image.open(path, formats=FORMATS) as picture:
-        return getattr(picture, "n_frames", 1) > 1
+    return count_frames(path) > 1
 
 
 def _natural(file: Path) -> list:
@@ -118,15 +139,13 @@ def _natural(file: Path) -> list:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
 
 
-def _read(path: Path, resolution: int, channels: int, fit: Fit, background: str, max_frames: int | None) -> np.ndarray:
+def _read(
+    path: Path, resolution: int, channels: int, fit: Fit, background: str, wanted: Callable[[int], list[int]]
+) -> np.ndarray:
     with Image.open(path, formats=FORMATS) as picture:
-        count = getattr(picture, "n_frames", 1)
-        wanted = range(count)
-        if max_frames is not None and count > max_frames:
-            wanted = np.linspace(0, count - 1, max_frames).astype(int)
         frames = []
-        for index in wanted:
-            picture.seek(int(index))
+        for index in wanted(getattr(picture, "n_frames", 1)):
+            picture.seek(index)
             flat = flatten(picture, channels, background)
             frames.append(np.asarray(_square(flat, resolution, fit, background, path)))
         return np.stack(frames)

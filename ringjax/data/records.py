@@ -168,6 +168,8 @@ class RecordSource:
         _check_origin(self._reader.meta, source, config, tokenizer)
         self.name, self._vision_codes = source.path, config.vision_codes
         self._vocab_size = tokenizer.vocab_size
+        meta = self._reader.meta
+        self.codes_of = meta.get("vision_tokenizer_fingerprint") if meta.get("has_vision") else None
         self.fingerprint = hashlib.sha256((self._reader.folder / META).read_bytes()).hexdigest()
 
     def __len__(self) -> int:

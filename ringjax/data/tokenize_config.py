@@ -57,7 +57,7 @@ class TokenizeConfig:
     """Lines that make one example, at least; null: as many as `join`."""
     join_as: JoinAs = "turns"
     """turns: one line after the other; video: all frames one video, texts joined by "; "; needle: one line's frames
-    hidden among copies of another's, with the texts of the one."""
+    hidden among copies of up to four others', with the texts of the one."""
     caption_words: int = 256
     """Words that a text beside a picture may have."""
     long_captions: Literal["refuse", "truncate"] = "refuse"

@@ -1,17 +1,18 @@
 """One shard of `ringjax tokenize`: from lines to a file of records. Runs in a worker process, or in the caller's."""
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ringjax.data.bundles import Bundle, JoinAs, Part
+from ringjax.data.bundles import Bundle, JoinAs, Line, Part
+from ringjax.data.codes import vision_tokenizer_path
 from ringjax.data.errors import DataError
 from ringjax.data.example import Example
 from ringjax.data.fields import FieldEncoder, Spec
@@ -109,8 +110,8 @@ class ShardWriter:
             # The next group is read from disk while this one is encoded.
             ahead = self._read(pool, groups[0])
             for number, group in enumerate(groups):
-                rows = {part: future.result() for part, future in ahead.items()}
-                ahead = self._read(pool, groups[number + 1]) if number + 1 < len(groups) else {}
+                rows = {part: row for future in ahead for part, row in future.result().items()}
+                ahead = self._read(pool, groups[number + 1]) if number + 1 < len(groups) else []
                 self._put_codes(rows)
                 for bundle in group:
                     try:
@@ -123,11 +124,19 @@ class ShardWriter:
                     if example is not None:
                         yield example
 
-    def _read(self, pool: ThreadPoolExecutor, group: Sequence[Bundle]) -> dict[Part, Future]:
-        parts = dict.fromkeys(part for bundle in group for part in bundle.parts)
-        return {part: pool.submit(self._row, part) for part in parts}
+    def _read(self, pool: ThreadPoolExecutor, group: Sequence[Bundle]) -> list[Future]:
+        """The rows of all parts of a group, those of one line by one thread: its picture is decoded once."""
+        by_line: dict[Line, dict[Part, None]] = {}
+        for part in (part for bundle in group for part in bundle.parts):
+            by_line.setdefault(part.line, {})[part] = None
+        return [pool.submit(self._rows, tuple(parts)) for parts in by_line.values()]
 
-    def _row(self, part: Part) -> dict | DataError:
+    def _rows(self, parts: tuple[Part, ...]) -> dict[Part, dict | DataError]:
+        """Of each part of one line its row; or what is wrong with it."""
+        read = functools.cache(functools.partial(self._decoded, parts[0].line))
+        return {part: self._row(part, read) for part in parts}
+
+    def _row(self, part: Part, read: Callable[[str, int], np.ndarray]) -> dict | DataError:
         """The line's object, with `vision` as uint8 frames where it names a picture; or what is wrong with it."""
         recipe, line = self._recipe, part.line
         try:
@@ -139,32 +148,32 @@ class ShardWriter:
             row = parse_line(raw, line.place)
             if self._vision is None or recipe.picture_key not in row:
                 return row
-            return row | {"vision": self._frames(row, part)}
+            return row | {"vision": self._frames(row, part, read)}
         except DataError as error:
             return error
 
-    def _frames(self, row: dict, part: Part) -> np.ndarray:
+    def _frames(self, row: dict, part: Part, read: Callable[[str, int], np.ndarray]) -> np.ndarray:
         recipe, line, name = self._recipe, part.line, row[self._recipe.picture_key]
         if not isinstance(name, str) or not name:
             raise DataError(f"{line.place}: field {recipe.picture_key!r} must name a picture, not {name!r}")
         if "vision" in row:
             raise DataError(f"{line.place}: both {recipe.picture_key!r} and 'vision' are given; leave one out")
-        try:
-            frames = read_frames(
-                Path(line.path).parent / name,
-                self._vision.resolution * (OVERSAMPLE if part.variant else 1),
-                channels=self._vision.channels,
-                fit=recipe.fit,
-                background=recipe.background,
-                max_frames=recipe.max_frames,
-            )
-        except DataError as error:
-            raise DataError(f"{line.place}: {error}") from None
+        frames = read(name, self._vision.resolution * (OVERSAMPLE if part.variant else 1))
         if not part.variant:
             return frames
         rng = np.random.default_rng(number_of(name, line.line_index, part.variant))
         mirror = recipe.mirror and may_be_mirrored(str(row.get(recipe.caption_key, "")))
         return vary(frames, rng, background=recipe.background, mirror=mirror)
+
+    def _decoded(self, line: Line, name: str, resolution: int) -> np.ndarray:
+        recipe = self._recipe
+        options = dict(fit=recipe.fit, background=recipe.background, max_frames=recipe.max_frames)
+        try:
+            return read_frames(
+                Path(line.path).parent / name, resolution, channels=self._vision.channels, **options
+            )  # fmt: skip
+        except DataError as error:
+            raise DataError(f"{line.place}: {error}") from None
 
     def _put_codes(self, rows: dict[Part, dict | DataError]) -> None:
         """Put codes in place of frames, those of all rows encoded together."""
@@ -294,13 +303,6 @@ class PictureEncoder:
         """`[n, h, w]` codes of `[n, H, W]` or `[n, H, W, 3]` uint8 frames."""
         filled = np.resize(frames, (-len(frames) % self._at_once + len(frames), *frames.shape[1:]))
         return self._encode(self._model, filled, batch_size=self._at_once)[: len(frames)]
-
-
-def vision_tokenizer_path(name: str) -> Any:
-    """The file of an image tokenizer; `sample` is the digits' own."""
-    from ringjax.data import samples
-
-    return samples.path("digits_vqgan.safetensors") if name == "sample" else name
 
 
 def _is_frames(value: object) -> bool:

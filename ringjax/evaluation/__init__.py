@@ -17,5 +17,5 @@ likelihood           several answers to one prompt, which is read once
 heldout, choices     held-out pictures with captions; one caption among ten
 captions, drawings   what is seen, and what is drawn; `gallery` for people, `video_needle` in long videos
 vision_command       runs them; `vision_config` has their options, `choice_report` their table
-eval_command         `ringjax eval`; `eval_config` has its options, `eval_progress` its bar, `fingerprints` name models
+eval_command         `ringjax eval`; `eval_config` has its options, `eval_progress` its bar
 """

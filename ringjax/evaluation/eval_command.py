@@ -11,7 +11,6 @@ import jax
 from ringjax.evaluation.eval_config import EvalConfig, NeedleConfig, PerplexityConfig, QuestionConfig, RulerConfig
 from ringjax.evaluation.eval_progress import EvalProgress
 from ringjax.evaluation.eval_report import write_report
-from ringjax.evaluation.fingerprints import model_fingerprint
 from ringjax.evaluation.haystack import Haystack, read_texts, text_fingerprint
 from ringjax.evaluation.methods import Methods
 from ringjax.evaluation.needle import NeedleTask
@@ -24,8 +23,10 @@ from ringjax.evaluation.run_questions import check_questions, run_questions
 from ringjax.evaluation.summary import markdown, summarise
 from ringjax.evaluation.vision_command import VISION_KINDS, run_vision
 from ringjax.evaluation.vision_config import VisionConfig
-from ringjax.inference.run_text import is_run, open_text
 from ringjax.inference.text_model import TextModel
+from ringjax.inference.vocabulary import Vocabulary
+from ringjax.interop.published import Published
+from ringjax.interop.runs import open_model
 from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
 from ringjax.training.mesh import make_mesh, simulate_devices
@@ -36,6 +37,7 @@ KINDS: Mapping[str, type[EvalConfig | VisionConfig]] = {**_TEXT_KINDS, **VISION_
 _FREE = (
     "model", "output", "lengths", "method", "haystack", "depths", "per_cell", "per_task", "tasks", "qa", "mesh",
     "layout", "strategy", "backend", "simulated_devices", "progress", "rows", "allow_beyond", "template", "dtype",
+    "stage", "adapter",
 )  # fmt: skip
 
 
@@ -74,8 +76,10 @@ def run_eval(config: EvalConfig | VisionConfig) -> str:
 
 def run_perplexity(config: PerplexityConfig, methods: Methods, haystack: Haystack, results: Results) -> None:
     """The losses of all rows that `results` do not hold yet."""
-    begin = methods.model.vocabulary.bos_id, not is_run(config.model)
-    rows = {length: cut_rows(haystack, length, config.rows, *begin) for length in config.lengths}
+    # A run and the model that it began with are measured on the same tokens: rows begin as the tokenizer has texts
+    # begin, whatever the run's examples did.
+    bos_id = Vocabulary.of(dataclasses.replace(_opened(config), begins=None)).bos_id
+    rows = {length: cut_rows(haystack, length, config.rows, bos_id) for length in config.lengths}
     todo = [(length, name) for length in config.lengths for name in config.method]
     done = sum(results.has(n, Cell("perplexity", t, None, i)) for t, n in todo for i in range(len(rows[t])))
     with EvalProgress(config.progress, sum(len(rows[length]) for length, _ in todo), done) as shown:
@@ -96,7 +100,7 @@ def run_perplexity(config: PerplexityConfig, methods: Methods, haystack: Haystac
 
 
 def _open_model(config: EvalConfig) -> Methods:
-    description = open_text(config.model).description
+    description = _opened(config).description
     context, changes = float(description.context), {}
     if config.rope_scaling is not None:
         original = None if config.rope_scaling == "linear" else description.context
@@ -109,8 +113,13 @@ def _open_model(config: EvalConfig) -> Methods:
         parallel = Parallel(make_mesh(config.mesh), config.layout, config.strategy, config.backend)
     template = getattr(config, "template", None)
     template = None if template in (LWM, NONE, CHAT) else template
-    model = TextModel.load(config.model, parallel=parallel, dtype=config.dtype, template=template, changes=changes)
+    options = dict(dtype=config.dtype, template=template, changes=changes)
+    model = TextModel.load(config.model, parallel=parallel, stage=config.stage, adapter=config.adapter, **options)
     return Methods(model, config.options(), context)
+
+
+def _opened(config: EvalConfig) -> Published:
+    return open_model(config.model, config.stage, config.adapter)
 
 
 def _task(config: QuestionConfig, model: TextModel, haystack: Haystack, texts: list[str]) -> Task:
@@ -130,7 +139,7 @@ def _task(config: QuestionConfig, model: TextModel, haystack: Haystack, texts: l
 def _asked(config: EvalConfig, texts: list[str], model: TextModel) -> dict[str, Any]:
     """What decides the answers to the questions of a grid."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
-    asked |= {"model": model_fingerprint(config.model), "haystack": text_fingerprint(texts)}
+    asked |= {"model": _opened(config).fingerprint, "haystack": text_fingerprint(texts)}
     asked["dtype"] = model.model.config.dtype
     template = getattr(config, "template", None)
     if template is not None:

@@ -21,7 +21,11 @@ class EvalConfig:
     """What every evaluation is told."""
 
     model: str
-    """A Hugging Face folder, or a .gguf file."""
+    """A Hugging Face folder, a .gguf file, or the folder of a run of `ringjax train`."""
+    stage: str | None = None
+    """Of a run: the stage whose last checkpoint is asked; null: the last."""
+    adapter: str | None = None
+    """A folder with a LoRA adapter in PEFT's form, merged into the model; null: none."""
     output: str = "runs/eval"
     """Folder for results.jsonl, pictures and report; an evaluation that was interrupted goes on there."""
     lengths: tuple[int, ...] = (1024, 2048, 4096)

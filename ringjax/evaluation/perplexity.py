@@ -35,19 +35,17 @@ class Row(NamedTuple):
     targets: Int[np.ndarray, " n"]
 
 
-def cut_rows(haystack: Haystack, length: int, most: int, bos_id: int | None, every_row: bool = True) -> list[Row]:
+def cut_rows(haystack: Haystack, length: int, most: int, bos_id: int | None) -> list[Row]:
     """At most so many rows: whole ones of all documents first, then what is left at their ends.
 
-    With a begin token every row begins with it, or (`every_row` false) those that begin a document, as in training,
-    and others with the token before them; without, the first token of a document is not predicted.
+    With a begin token every row begins with it; without, the first token of a row is not predicted.
     """
     whole, rest = [], []
     for document, ids in enumerate(haystack.documents):
         first = 0 if bos_id is not None else 1
         while first < len(ids) and len(whole) < most:
             targets = ids[first : first + length]
-            begins = bos_id is not None and (every_row or first == 0)
-            before = [bos_id] if begins else ids[first - 1 : first]
+            before = [bos_id] if bos_id is not None else ids[first - 1 : first]
             row = Row(document, np.concatenate([before, targets[:-1]]).astype(np.int32), targets)
             (whole if len(targets) == length else rest).append(row)
             first += length

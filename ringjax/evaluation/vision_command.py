@@ -12,7 +12,6 @@ from ringjax.evaluation.choice_report import choice_lines, choice_markdown, writ
 from ringjax.evaluation.choices import require_choices
 from ringjax.evaluation.drawings import require_same_pictures, run_drawings
 from ringjax.evaluation.eval_report import write_report
-from ringjax.evaluation.fingerprints import model_fingerprint
 from ringjax.evaluation.gallery import write_gallery
 from ringjax.evaluation.heldout import HeldOut
 from ringjax.evaluation.results import Results
@@ -27,11 +26,14 @@ from ringjax.evaluation.vision_config import (
     VisionConfig,
 )
 from ringjax.inference.trained import TrainedRun
-from ringjax.interop.published import is_published
+from ringjax.interop.published import file_fingerprint, is_published
+from ringjax.interop.release import ABOUT, is_release, release_folder
+from ringjax.interop.runs import Checkpoint
+from ringjax.interop.tensors import read_json
 from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import with_config
-from ringjax.training.load import load_config
+from ringjax.training.manifest import digest_of
 
 VISION_KINDS: Mapping[str, type[VisionConfig]] = {
     "captions": CaptionsConfig, "drawings": DrawingsConfig, "gallery": GalleryConfig,
@@ -61,8 +63,11 @@ def run_vision(config: VisionConfig) -> str:
 
 
 def open_run(config: VisionConfig, folder: str, image_tokenizer: str | None, parallel: Parallel) -> TrainedRun:
-    """A run's last whole checkpoint, in the type of the config. Raises ValueError for a model without pictures."""
-    if Path(folder).exists() and is_published(folder):
+    """A run's last whole checkpoint, or a released model, in the type of the config.
+
+    Raises ValueError for a model without pictures.
+    """
+    if Path(folder).exists() and is_published(folder) and not is_release(folder):
         raise ValueError(
             f"{folder} is a published model, which knows no codes of pictures; give a run of ringjax train"
         )
@@ -76,7 +81,7 @@ def open_run(config: VisionConfig, folder: str, image_tokenizer: str | None, par
 
 def _longer(config: VideoNeedleConfig) -> dict[str, Any]:
     """What changes of the model's RoPE. Raises ValueError for lengths beyond what the model was trained for."""
-    context = load_config(Path(config.model) / "config.yaml").stage_list[-1].training.seq_len
+    context = _context(config.model)
     reached, changes = context * (config.rope_factor or 1), {}
     beyond = max(config.lengths)
     if beyond > reached and config.rope_theta is None and not config.allow_beyond:
@@ -141,6 +146,20 @@ def _asked(config: VisionConfig, heldout: HeldOut) -> dict[str, Any]:
         asked |= {"count": config.count, "kinds": config.kinds}
         asked["judge"] = model_fingerprint(config.judge or config.model)
     return asked
+
+
+def _context(folder: str) -> int:
+    """Tokens of the rows that a run's last checkpoint, or a released model, was trained on."""
+    if is_release(folder):
+        return read_json(release_folder(folder) / ABOUT)["context"]
+    return Checkpoint.find(folder).stage.training.seq_len
+
+
+def model_fingerprint(folder: str) -> str:
+    """A short name of what is asked: a run's last checkpoint, or a released model's files."""
+    if is_release(folder):
+        return file_fingerprint(release_folder(folder))
+    return digest_of(Checkpoint.find(folder).path)[:16]
 
 
 def _about(config: VisionConfig) -> dict[str, Any]:

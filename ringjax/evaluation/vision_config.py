@@ -27,7 +27,7 @@ class VisionConfig(OnMesh):
     """What all of them are told."""
 
     model: str
-    """The folder of a run that `ringjax train` made, of a model with a vision table."""
+    """The folder of a run that `ringjax train` made, of a model with a vision table; or of a released one."""
     output: str = "runs/eval_vision"
     """Folder for results.jsonl, picture and report; an evaluation that was interrupted goes on there."""
     data: tuple[str, ...] = ()

@@ -20,7 +20,11 @@ class ChatConfig(OnMesh):
     """Talk to a published model; the conversation stays in its cache from turn to turn."""
 
     model: str
-    """A Hugging Face folder, or a .gguf file."""
+    """A Hugging Face folder, a .gguf file, or the folder of a run of `ringjax train`."""
+    stage: str | None = None
+    """Of a run: the stage whose last checkpoint is talked to; null: the last."""
+    adapter: str | None = None
+    """A folder with a LoRA adapter in PEFT's form, merged into the model; null: none."""
     system: str | None = None
     """What the model is told before the first turn; null: what its template says."""
     template: str | None = None
@@ -73,7 +77,10 @@ def run_chat(
 ) -> None:
     """Answers each of `lines` (None: what people type) until they end, or `/exit`."""
     write = write or _write
-    model = TextModel.load(config.model, parallel=config.parallel(), dtype=config.dtype, template=config.template)
+    model = TextModel.load(
+        config.model, parallel=config.parallel(), dtype=config.dtype, template=config.template, stage=config.stage,
+        adapter=config.adapter,
+    )  # fmt: skip
     model.chat_ids([{"role": "user", "content": ""}])  # whether it can chat at all, before anybody types
     model.stops_of(config.stop_tokens)
     session = model.session(config.context, cache_type=config.cache)

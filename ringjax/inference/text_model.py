@@ -8,13 +8,13 @@ import jax
 
 from ringjax.inference import room
 from ringjax.inference.chat_template import BUILT_IN, ChatTemplate, Message, special_tokens
-from ringjax.inference.run_text import open_text
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.session import Session
 from ringjax.inference.stop_tokens import stop_token_ids
 from ringjax.inference.streaming import stream_text
 from ringjax.inference.vocabulary import Vocabulary
 from ringjax.interop.published import Published
+from ringjax.interop.runs import open_model
 from ringjax.models.cache import CacheType
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer, for_decoding
@@ -42,16 +42,18 @@ class TextModel:
         dtype: str | None = None,
         template: str | None = None,
         changes: Mapping[str, object] | None = None,
+        stage: str | None = None,
+        adapter: str | Path | None = None,
     ) -> "TextModel":
         """The model at `path` in `dtype` (None: bfloat16, but float32 on CPUs, which are slower with less).
 
-        A run's folder is one too (`run_text`). `template` is a file with a chat template or one of `chatml` and `lwm`;
-        None: the model's own. `changes` replace fields of its config that alter no shape (rope_theta, rope_scaling,
-        window, …). Raises FileNotFoundError, ValueError or NotImplementedError where a part is missing, damaged or not
-        supported.
+        `stage` is of a run, and `adapter` a folder in PEFT's form, which is merged in. `template` is a file with a
+        chat template or one of `chatml` and `lwm`; None: the model's own. `changes` replace fields of its config that
+        alter no shape (rope_theta, rope_scaling, window, …). Raises FileNotFoundError, ValueError or
+        NotImplementedError where a part is missing, damaged or not supported.
         """
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        published = open_text(path)
+        published = open_model(path, stage, adapter)
         vocabulary = Vocabulary.of(published)
         found = _template(template, published)
         size = published.description.config.vocab_size

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import tokenizers
 
-from ringjax.data.tokenizers import SentencePieceTokenizer, TextTokenizer
+from ringjax.data.tokenizers import SentencePieceTokenizer
 from ringjax.interop.published import Published
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -23,9 +24,6 @@ class Vocabulary:
     @classmethod
     def of(cls, published: Published) -> "Vocabulary":
         """Raises FileNotFoundError for a model without a tokenizer, ValueError for a damaged one."""
-        if isinstance(published.tokenizer, TextTokenizer):
-            begins = bool(published.settings.get("add_bos_token"))
-            return cls._plain(published.tokenizer, published.tokenizer.specials, begins)
         if isinstance(published.tokenizer, Mapping):
             return cls._json(published.tokenizer["tokenizer.json"], published, str(published.path))
         file = published.tokenizer / "tokenizer.json"
@@ -33,8 +31,7 @@ class Vocabulary:
             return cls._json(file.read_text("utf-8"), published, str(file))
         file = published.tokenizer / "tokenizer.model"
         if file.is_file():
-            own = SentencePieceTokenizer(file)
-            return cls._plain(own, {"<s>": own.bos_id, "</s>": own.eos_id})
+            return cls._sentencepiece(file)
         raise FileNotFoundError(f"{published.path} has neither tokenizer.json nor tokenizer.model; put its own there")
 
     @classmethod
@@ -46,6 +43,7 @@ class Vocabulary:
         # What the tokenizer itself puts before a text: its post-processor knows, or the settings say so.
         first = special.encode("", add_special_tokens=True).ids
         begins = bos is not None and (first[:1] == [bos] or bool(published.settings.get("add_bos_token")))
+        begins = begins if published.begins is None else published.begins
         return cls(
             lambda text: plain.encode(text, add_special_tokens=False).ids,
             lambda text: special.encode(text, add_special_tokens=False).ids,
@@ -54,14 +52,15 @@ class Vocabulary:
         )  # fmt: skip
 
     @classmethod
-    def _plain(cls, own: TextTokenizer, specials: Mapping[str, int], begins: bool = True) -> "Vocabulary":
-        """Of a tokenizer that knows no special tokens in a text: they are cut out before."""
+    def _sentencepiece(cls, file: Path) -> "Vocabulary":
+        own = SentencePieceTokenizer(file)
+        ids = {"<s>": own.bos_id, "</s>": own.eos_id}
 
         def encode_special(text: str) -> list[int]:
-            parts = re.split(f"({'|'.join(map(re.escape, specials))})", text)
-            return [i for part in parts if part for i in ([specials[part]] if part in specials else own.encode(part))]
+            parts = re.split(f"({'|'.join(map(re.escape, ids))})", text)
+            return [i for part in parts if part for i in ([ids[part]] if part in ids else own.encode(part))]
 
-        return cls(own.encode, encode_special, own.decode, specials, own.bos_id if begins else None)
+        return cls(own.encode, encode_special, own.decode, ids, own.bos_id)
 
     def encode(self, text: str) -> list[int]:
         """A text as people write it: nothing in it becomes a special token."""

@@ -1,9 +1,12 @@
 """`ringjax convert SOURCE TARGET`: weights from one form to another.
 
     SOURCE   a Hugging Face folder, a .gguf file, an LWM stream (.msgpack), or the folder of a run of `ringjax train`
-    TARGET   the name of a Hugging Face folder, or of an LWM stream (….msgpack)
+    TARGET   the name of a Hugging Face folder, or of an LWM stream (….msgpack); with --adapter true that of a folder
+             with the adapters alone of a run with `lora`, in PEFT's form
 
-and LWM's VQGAN, a pickle that is read without being executed, to the .safetensors that `--image_tokenizer` takes.
+A run that knows pictures goes into a folder with its tokenizers (release.py), or as text alone (`--text_only`). And
+LWM's VQGAN, a pickle that is read without being executed, to the .safetensors that `--image_tokenizer` takes; such a
+file to one in bfloat16.
 """
 
 import dataclasses
@@ -18,9 +21,12 @@ from flax import nnx
 from ringjax.interop import lwm
 from ringjax.interop.hf import save_hf
 from ringjax.interop.load import load_params
+from ringjax.interop.peft import WEIGHTS, save_adapter
 from ringjax.interop.published import is_published, open_published
+from ringjax.interop.release import save_release
+from ringjax.interop.runs import Checkpoint, is_run
 from ringjax.models.transformer import Transformer
-from ringjax.models.vqgan import save_vqgan
+from ringjax.models.vqgan import load_vqgan, save_vqgan
 
 LWM_SUFFIX, VQGAN_SUFFIX = ".msgpack", ".safetensors"
 
@@ -45,6 +51,10 @@ class ConvertConfig:
     """For an LWM stream, which doesn't say: RoPE's base; null: 10000."""
     context: int | None = None
     """Tokens of the context, for config.json; null: what the source says (an LWM stream says nothing)."""
+    stage: str | None = None
+    """Of a run: the stage whose last checkpoint is taken; null: the last."""
+    adapter: bool = False
+    """Of a run with `lora`: its adapters alone, as PEFT has them; false: merged into the model."""
     scanned: bool = True
     """For an LWM stream: whether the layers are stacked, as LWM publishes them."""
 
@@ -73,11 +83,15 @@ def run_convert(config: ConvertConfig) -> str:
     if target.exists():
         raise FileExistsError(f"{target} is there already; give another name, or remove it")
     _check_options(config, Path(config.source), target)
+    if config.adapter:
+        return _write_adapter(config, target)
     if target.suffix == VQGAN_SUFFIX:
-        from ringjax.interop.pickled import load_vqgan_pickle
-
-        save_vqgan(load_vqgan_pickle(config.source), target)
-        return f"{config.source} -> {target}: LWM's VQGAN, float32"
+        return _write_vqgan(config, target)
+    if _is_whole(config, target):
+        found = Checkpoint.find(config.source, config.stage)
+        save_release(found, target, dtype=config.dtype)
+        size = sum(file.stat().st_size for file in target.rglob("*"))
+        return f"{config.source} -> {target}: text and pictures with their tokenizers, {size / 1e6:.1f} MB"
     source = _read(config)
     model, what = source.model, f"{config.source} -> {target}"
     if config.text_only and model.vte is not None:
@@ -97,13 +111,33 @@ def run_convert(config: ConvertConfig) -> str:
     return f"{what}: a Hugging Face folder, {config.dtype}, {total / 2**30:.2f} GiB in {len(files)} file(s)"
 
 
+def _is_whole(config: ConvertConfig, target: Path) -> bool:
+    """Whether text and pictures go into a folder together: a run that knows both, not into a form of others'."""
+    if not is_run(config.source) or config.text_only or target.suffix == LWM_SUFFIX:
+        return False
+    return Checkpoint.find(config.source, config.stage).config.vision_vocab_size > 0
+
+
+def _write_vqgan(config: ConvertConfig, target: Path) -> str:
+    if Path(config.source).suffix == VQGAN_SUFFIX:
+        save_vqgan(load_vqgan(config.source), target, dtype=config.dtype)
+        return f"{config.source} -> {target}: an image tokenizer, {config.dtype}"
+    from ringjax.interop.pickled import load_vqgan_pickle
+
+    save_vqgan(load_vqgan_pickle(config.source), target)
+    return f"{config.source} -> {target}: LWM's VQGAN, float32"
+
+
 def _check_options(config: ConvertConfig, source: Path, target: Path) -> None:
     """Raises ValueError for an option that says nothing about this conversion: it would be ignored."""
     vqgan = target.suffix == VQGAN_SUFFIX
     from_stream, to_stream = _is_stream(source) and not vqgan, target.suffix == LWM_SUFFIX
+    from_run, adapter = is_run(source), config.adapter
+    folder = not (vqgan or to_stream or adapter or _is_whole(config, target))
     used = {
-        "dtype": not vqgan, "shard_gib": not (vqgan or to_stream), "text_only": not vqgan, "heads": from_stream,
-        "rope_theta": from_stream, "context": not (vqgan or to_stream), "scanned": to_stream,
+        "dtype": not vqgan or source.suffix == VQGAN_SUFFIX, "shard_gib": folder, "text_only": not (vqgan or adapter),
+        "heads": from_stream, "rope_theta": from_stream, "context": folder or adapter, "scanned": to_stream,
+        "stage": from_run, "adapter": from_run and not to_stream,
     }  # fmt: skip
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, serves in used.items():
@@ -114,6 +148,19 @@ def _check_options(config: ConvertConfig, source: Path, target: Path) -> None:
 
 def _is_stream(source: Path) -> bool:
     return source.suffix == LWM_SUFFIX or (source.is_file() and source.suffix != ".gguf")
+
+
+def _write_adapter(config: ConvertConfig, target: Path) -> str:
+    found = Checkpoint.find(config.source, config.stage)
+    if found.lora is None:
+        raise ValueError(f"{config.source} trained the whole model and has no adapters; leave --adapter out")
+    model, base = found.adapted(), found.info["base"]["path"]
+    save_adapter(
+        model, found.lora, target, base=base, context=config.context or found.stage.training.seq_len,
+        base_config=found.base_config, dtype=config.dtype,
+    )  # fmt: skip
+    size = (target / WEIGHTS).stat().st_size
+    return f"{config.source} -> {target}: a LoRA adapter for {base}, {config.dtype}, {size / 1e6:.1f} MB"
 
 
 def _write_lwm(model: Transformer, target: Path, config: ConvertConfig) -> None:
@@ -145,7 +192,7 @@ def _read(config: ConvertConfig) -> _Source:
         ends = list(about.eos_ids) or None  # 0 is a token too
         tokens = {"bos_token_id": about.bos_id, "eos_token_id": ends[0] if ends and len(ends) == 1 else ends}
         return _Source(published.load(param_dtype=config.dtype), about.context, published.tokenizer, tokens)
-    return _read_run(source)
+    return _read_run(config, source)
 
 
 def _read_lwm(config: ConvertConfig, path: Path) -> _Source:
@@ -157,17 +204,12 @@ def _read_lwm(config: ConvertConfig, path: Path) -> _Source:
     return _Source(model, None)
 
 
-def _read_run(folder: Path) -> _Source:
-    from ringjax.training.checkpoint import restore_model
-    from ringjax.training.load import load_config
-
-    if not (folder / "config.yaml").is_file():
+def _read_run(config: ConvertConfig, folder: Path) -> _Source:
+    if not is_run(folder):
         raise FileNotFoundError(
             f"{folder} is neither a run folder (config.yaml), a Hugging Face folder (config.json), a .gguf file nor an"
             f" LWM stream ({LWM_SUFFIX})"
         )
-    run = load_config(folder / "config.yaml")
-    stage = run.stage_list[-1]
-    _, model = restore_model(folder)
-    tokenizer = Path(stage.data.tokenizer)
-    return _Source(model, stage.training.seq_len, tokenizer if tokenizer.exists() else None)
+    found = Checkpoint.find(folder, config.stage)
+    tokenizer = Path(found.data.tokenizer)
+    return _Source(found.load(), found.stage.training.seq_len, tokenizer if tokenizer.exists() else None)

@@ -6,11 +6,12 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ringjax.data.tokenizers import TextTokenizer, gguf_files
+from ringjax.data.tokenizers import gguf_files
 from ringjax.interop import hf
 from ringjax.interop.hf_config import Description
 from ringjax.interop.load import load_params
@@ -25,12 +26,15 @@ _ONE_DEVICE = Parallel()
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A model of another project: its shape, its tokenizer (a folder, texts, or itself), and a way to load it."""
+    """A model of another project: its shape, its tokenizer's files as texts or as a folder, and a way to load it."""
 
     path: Path
     description: Description
-    tokenizer: Path | Mapping[str, str] | TextTokenizer
+    tokenizer: Path | Mapping[str, str]
     _load: Callable[[ModelConfig, Parallel], Transformer]
+    begins: bool | None = None
+    """Whether every text begins with the begin token; None: as the tokenizer says."""
+    _fingerprint: str | None = None
 
     def load(
         self, parallel: Parallel = _ONE_DEVICE, *, dtype: str = "float32", param_dtype: str = "float32", **changes
@@ -42,6 +46,11 @@ class Published:
     def load_config(self, config: ModelConfig, parallel: Parallel) -> Transformer:
         """The model under a `config` that differs from its own in nothing that has a shape."""
         return self._load(config, parallel)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A short name of its contents."""
+        return self._fingerprint or file_fingerprint(self.path)
 
     @functools.cached_property
     def settings(self) -> dict:
@@ -92,3 +101,16 @@ def _gguf(path: Path) -> Published:
         return load_params(config, source, recipes, parallel, ignored=lambda name: name == "rope_freqs.weight")
 
     return Published(path, description, texts, load)
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """A short name of a model's files: their names, sizes, beginnings and ends (not all of what may be terabytes)."""
+    source, size = Path(path), 1 << 16
+    digest = hashlib.sha256()
+    for file in [source] if source.is_file() else sorted(f for f in source.iterdir() if f.is_file()):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with open(file, "rb") as data:
+            digest.update(data.read(size))
+            data.seek(max(0, file.stat().st_size - size))
+            digest.update(data.read(size))
+    return digest.hexdigest()[:16]

@@ -5,7 +5,7 @@ from pathlib import Path
 from ringjax.data.tokenizers import CONTENT
 from ringjax.interop import lwm
 from ringjax.interop.load import load_params
-from ringjax.interop.published import is_published, open_published
+from ringjax.interop.published import file_fingerprint, is_published, open_published
 from ringjax.models.config import ModelConfig
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
@@ -32,7 +32,7 @@ def _published(path: str) -> Start:
     has_tokenizer = not isinstance(folder, Path) or any(
         (folder / name).is_file() for name in (CONTENT, "tokenizer.model")
     )
-    return Start(published.path, shape, published.load_config, has_tokenizer)
+    return Start(published.path, shape, published.load_config, file_fingerprint(published.path), has_tokenizer)
 
 
 def _stream(path: Path, heads: int | None) -> Start:
@@ -42,4 +42,4 @@ def _stream(path: Path, heads: int | None) -> Start:
     def load(config: ModelConfig, parallel: Parallel) -> Transformer:
         return load_params(config, source, lwm.lwm_recipes(config, lwm.is_scanned(source)), parallel)
 
-    return Start(path, shape, load, has_tokenizer=False, unknown=("rope_theta", "rope_scaling"))
+    return Start(path, shape, load, file_fingerprint(path), has_tokenizer=False, unknown=("rope_theta", "rope_scaling"))

@@ -104,6 +104,8 @@ class ModelConfig:
     """Sliding window: a token sees this many tokens, itself included; null: all before it."""
     sinks: int = 0
     """Attention sinks, for inference: the first tokens of a row stay visible beside the window (StreamingLLM)."""
+    shifted_group: int | None = None
+    """For training: S²-Attn in groups of so many tokens (LongLoRA, `models/shifted.py`); null: full attention."""
     softcap: float | None = None
     """Attention scores are softcap · tanh(score / softcap); null: as they are."""
     init_std: float = 0.02
@@ -136,6 +138,7 @@ class ModelConfig:
             raise ValueError(f"sinks {self.sinks} without a window: every token is visible anyhow; set a window too")
         if self.softcap is not None:
             _positive("softcap", self.softcap)
+        self._check_groups()
         for name, choices in (("dtype", get_args(Dtype)), ("param_dtype", get_args(Dtype)), ("remat", get_args(Remat))):
             _one_of(name, getattr(self, name), choices)
         if self.remat == "offload" and self.unroll > 1:
@@ -145,6 +148,17 @@ class ModelConfig:
             )
         self._check_heads()
         self._check_vision()
+
+    def _check_groups(self) -> None:
+        if self.shifted_group is None:
+            return
+        _at_least("shifted_group", self.shifted_group, 2, whole=True)
+        if self.shifted_group % 2:
+            raise ValueError(f"shifted_group {self.shifted_group} is odd: the other heads' groups lie half a group on")
+        if self.heads < 2:
+            raise ValueError(f"shifted_group {self.shifted_group} needs two heads at least: one has no other half")
+        if self.sinks:
+            raise ValueError(f"shifted_group {self.shifted_group} is for training, sinks {self.sinks} for inference")
 
     def _check_heads(self) -> None:
         if self.heads % self.key_heads:

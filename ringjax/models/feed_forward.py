@@ -28,7 +28,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], parallel: Parallel) -> Float[Array, "B T D"]:
         if self.chunk is not None:
-            weights = self.w1.kernel[...], self.w2.kernel[...], self.w3.kernel[...]
+            weights = self.w1.whole, self.w2.whole, self.w3.whole
             return blockwise_feed_forward(x, *weights, self.chunk, parallel)
         gate, up = checkpoint_name(self.w1(x, parallel), "ffn_gate"), checkpoint_name(self.w3(x, parallel), "ffn_up")
         return self.w2(jax.nn.silu(gate) * up, parallel)

@@ -24,6 +24,23 @@ class Weight(nnx.Module):
         self.kernel = nnx.Param(value.astype(config.storage_dtype), axes=axes)
 
 
+class LowRank(nnx.Module):
+    """What an adapter adds to a linear layer: `scale · (x · a) · b` (`ringjax.models.lora`)."""
+
+    def __init__(self, a: nnx.Param, b: nnx.Param, scale: float):
+        self.a, self.b, self.scale = a, b, scale
+
+    def __call__(self, x: Float[Array, "B T I"], parallel: Parallel) -> Float[Array, "B T O"]:
+        inputs, outputs = (part.get_metadata()["axes"][-2:] for part in (self.a, self.b))
+        narrow = linear(x, self.a[...], inputs, parallel)
+        return linear(narrow * jnp.asarray(self.scale, narrow.dtype), self.b[...], outputs, parallel)
+
+    @property
+    def delta(self) -> Float[Array, "*layers I O"]:
+        """The same as a matrix, float32."""
+        return self.scale * (self.a[...].astype(jnp.float32) @ self.b[...].astype(jnp.float32))
+
+
 class Linear(Weight):
     """`y = x · kernel (+ bias)`, without any communication but the sum over a cut input."""
 
@@ -32,9 +49,17 @@ class Linear(Weight):
     ):
         super().__init__((inputs, outputs), axes, config, rngs)
         self.bias = nnx.Param(jnp.zeros((outputs,), config.storage_dtype), axes=(axes[1],)) if bias else None
+        self.low_rank: LowRank | None = nnx.data(None)
+
+    @property
+    def whole(self) -> Float[Array, "*layers I O"]:
+        """The matrix that the layer multiplies by: the kernel, with its adapter where it has one."""
+        return self.kernel[...] if self.low_rank is None else self.kernel[...] + self.low_rank.delta
 
     def __call__(self, x: Float[Array, "B T I"], parallel: Parallel) -> Float[Array, "B T O"]:
         y = linear(x, self.kernel[...], self.kernel.get_metadata()["axes"][-2:], parallel)
+        if self.low_rank is not None:
+            y = y + self.low_rank(x, parallel)
         if self.bias is None:
             return y
         # Added in float32, so that the gradient of the bias is summed in float32.

@@ -29,6 +29,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "vocab": ("tp",),
     "embed": ("fsdp", "sp"),
     "layers": (),
+    "rank": (),
     "norm": (),
 }
 # A parameter axis that tensor parallelism cannot cut evenly is an error; other axes that do not divide stay whole.

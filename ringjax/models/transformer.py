@@ -26,6 +26,7 @@ from ringjax.models.parallel import Parallel
 from ringjax.models.prefix import Prefix, with_prefix
 from ringjax.models.remat import PROJECTIONS, rematerialise
 from ringjax.models.rope import rotate, rotations
+from ringjax.models.shifted import shifted_attend
 from ringjax.models.sinks import sink_positions, with_sinks
 
 _ONE_DEVICE = Parallel()
@@ -97,7 +98,9 @@ class Block(nnx.Module):
             q, k, v, q_sinks = self.attention.project(self.attention_norm(x), rope, parallel)
             q, k, v = (checkpoint_name(y, name) for y, name in zip((q, k, v), PROJECTIONS))
             options = dict(window=config.window, softcap=config.softcap)
-            if q_sinks is None and prefix is None:
+            if config.shifted_group is not None and prefix is None:
+                attended = shifted_attend(q, k, v, reach, rope.positions, config.shifted_group, parallel, **options)
+            elif q_sinks is None and prefix is None:
                 attended = parallel.attend(q, k, v, reach, **options)
             else:
                 seen = parallel.attend(q, k, v, reach, return_lse=True, **options)
@@ -246,7 +249,7 @@ class Transformer(nnx.Module):
         if modality == "vision" and self.vte is None:
             raise ValueError("this model has no vision head: its config has vision_vocab_size 0")
         head, table = (self.lm_head, self.wte) if modality == "text" else (self.vision_head, self.vte)
-        return table.embedding[...].T if head is None else head.kernel[...]
+        return table.embedding[...].T if head is None else head.whole
 
     def _through(self, tokens, modality, positions, reach, features, parallel: Parallel, keep, prefix=None):
         """The stream after all blocks, and what `keep` makes of every block's keys and values, stacked."""

@@ -8,18 +8,22 @@ A checkpoint without a valid manifest does not count: resuming takes the last wh
 older one is removed only after a newer one is whole.
 """
 
+import dataclasses
 import errno
 import functools
 import logging
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
+from ringjax.models.config import ModelConfig
+from ringjax.models.transformer import Transformer
 from ringjax.training.config import CheckpointConfig, RunConfig
 from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest, write_manifest
 from ringjax.training.typed import build
@@ -95,8 +99,15 @@ def load_arrays(path: Path, name: str, abstract: Any) -> Any:
 class CheckpointStore:
     """Saves, keeps and finds the checkpoints of one run. All processes call it alike; process 0 writes the manifest."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        say: Callable[[str], None] = print,
+        stage_ends: Collection[int] = (),
+    ):
         self.folder = Path(run_dir).absolute() / FOLDER
+        self._stage_ends = frozenset(stage_ends if config.keep_stages else ())
         self._config, self._say = config, say
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -152,7 +163,7 @@ class CheckpointStore:
     def _prune(self) -> None:
         whole = [(step, path) for step, path in step_folders(self.folder) if (path / NAME).exists()]
         for step, path in whole[self._config.keep_last :]:
-            if self._config.keep_every and step % self._config.keep_every == 0:
+            if step in self._stage_ends or (self._config.keep_every and step % self._config.keep_every == 0):
                 continue
             (path / NAME).unlink()  # first: what is half removed must not look whole
             shutil.rmtree(path, ignore_errors=True)
@@ -195,37 +206,90 @@ def _reason(error: BaseException, folder: Path) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def restore_model(run_dir: str | Path, *, step: int | None = None, parallel: Any = None, say=print):
-    """`(ModelConfig, model)` of a run's last whole checkpoint (or that of `step`), for inference.
+def find_checkpoint(
+    run_dir: str | Path, *, step: int | None = None, stage: str | None = None, say: Callable[[str], None] = print
+) -> tuple[Path, dict[str, Any]]:
+    """A run's last whole checkpoint (of the stage called `stage`, or that of `step`) and its manifest. Reads only.
 
-    The parameters are placed by `parallel.param_shardings`, or on the first device without one. Reads only.
-    Raises CheckpointError when there is no whole checkpoint.
+    Raises CheckpointError when there is none.
     """
-    from flax import nnx
-
-    from ringjax.models.transformer import Transformer
-
     folder = Path(run_dir).absolute() / FOLDER
     if step is not None:
         path = folder / f"step_{step:08d}"
         try:
-            info = read_manifest(path)
+            return path, read_manifest(path)
         except DamagedCheckpoint as error:
             have = ", ".join(str(s) for s, _ in step_folders(folder)) or "none"
             raise CheckpointError(f"{error}; steps in {folder}: {have}") from None
-    else:
+    if stage is None:
         found = last_whole(folder, say=say)
         if found is None:
             raise CheckpointError(f"{run_dir} holds no whole checkpoint; train first (ringjax train CONFIG)")
-        path, info = found
-    config = build(RunConfig, to_item(info["config"], f"{path.name}/{NAME}"))
-    model_config = config.stage_list[info["stage"]].model
-    graph, abstract = nnx.split(Transformer.abstract(model_config))
+        return found
+    return _last_of_stage(run_dir, folder, stage, say)
+
+
+def _last_of_stage(run_dir: str | Path, folder: Path, stage: str, say: Callable[[str], None]) -> tuple[Path, dict]:
+    have: dict[str, int] = {}
+    for number, path in step_folders(folder):
+        try:
+            info = read_manifest(path, verify=False)
+            name = run_of(info, path).stage_list[info["stage"]].name
+        except DamagedCheckpoint as error:
+            say(f"checkpoint {error}; left out")
+            continue
+        if name == stage:
+            return path, read_manifest(path)
+        have.setdefault(name, number)
+    kept = ", ".join(f"{name} (step {number})" for name, number in have.items()) or "none"
+    raise CheckpointError(
+        f"{run_dir} holds no whole checkpoint of stage {stage!r}; it holds those of {kept}. checkpoint.keep_stages"
+        " keeps the last one of each stage"
+    )
+
+
+def run_of(info: dict[str, Any], path: Path) -> RunConfig:
+    """The config of the transformer's run that a checkpoint is of, from its manifest."""
+    if "vqgan" in info["config"]:
+        raise CheckpointError(f"{path} is of an image tokenizer's run; load its tokenizer.safetensors")
+    return build(RunConfig, to_item(info["config"], f"{path.name}/{NAME}"))
+
+
+def restore_model(
+    run_dir: str | Path, *, step: int | None = None, stage: str | None = None, parallel: Any = None, say=print
+):
+    """`(ModelConfig, model)` of the checkpoint that `find_checkpoint` finds, for inference.
+
+    The parameters are placed by `parallel.param_shardings`, or on the first device without one. Raises CheckpointError
+    for a run of adapters alone, too: `ringjax.interop.runs` knows how to read what they belong to.
+    """
+    path, info = find_checkpoint(run_dir, step=step, stage=stage, say=say)
+    model_config = for_inference(run_of(info, path).stage_list[info["stage"]].model)
+    if "base" in info:
+        raise CheckpointError(f"{path} holds adapters alone; use ringjax.interop.runs.load_run, which reads their base")
+    return model_config, restore_params(path, info, Transformer.abstract(model_config), parallel)
+
+
+def for_inference(config: ModelConfig) -> ModelConfig:
+    """The config of a run's model without what only saves time in training."""
+    return dataclasses.replace(config, shifted_group=None)
+
+
+def restore_params(path: Path, info: dict[str, Any], model: Any, parallel: Any = None) -> Any:
+    """The abstract `model` (or another module) with the parameters of a checkpoint."""
+    graph, abstract = nnx.split(model)
     check_same_arrays(info["parameters"], describe_arrays(abstract), str(path))
-    return model_config, nnx.merge(graph, load_arrays(path, "params", _placed(abstract, parallel)))
+    return nnx.merge(graph, load_arrays(path, "params", placed(abstract, parallel)))
 
 
-def _placed(abstract: Any, parallel: Any) -> Any:
+def read_notes(run_dir: str | Path) -> dict[str, Any]:
+    """What the last whole checkpoint of a run says of its data, empty where there is none; no file but its list."""
+    found = last_whole(Path(run_dir).absolute() / FOLDER, verify=False, say=lambda line: None)
+    return {} if found is None else found[1].get("notes", {})
+
+
+def placed(abstract: Any, parallel: Any) -> Any:
+    """Abstract parameters with their places: those of `parallel`, or the first device."""
     if parallel is None or parallel.mesh is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)

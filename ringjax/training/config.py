@@ -20,13 +20,14 @@ from typing import Literal
 from ringjax.attention.kernels import check_name
 from ringjax.data.config import DataConfig
 from ringjax.models.config import ModelConfig
+from ringjax.models.lora import LoraConfig
 from ringjax.training.mesh import check_shape
 
 # What a stage may set; everything else belongs to the whole run.
 STAGE_SECTIONS = ("model", "data", "training", "optimizer", "mesh")
 # The model's fields that change no parameter's shape, so that a stage may set them.
 STAGE_MODEL_FIELDS = (
-    "rope_theta", "rope_scaling", "window", "dtype", "remat", "unroll", "ffn_chunk", "loss_chunk",
+    "rope_theta", "rope_scaling", "window", "shifted_group", "dtype", "remat", "unroll", "ffn_chunk", "loss_chunk",
 )  # fmt: skip
 
 
@@ -89,6 +90,9 @@ class OptimizerConfig:
     """Decay of the weights, norms and biases excluded."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient, 0: no clipping."""
+    vision_rate: float = 1.0
+    """Learning rate of the tables of pictures (vte, vision_head) over that of everything else: above 1 where they are
+    new and the rest was trained before."""
     carry: bool = True
     """Whether a stage keeps the moments of the stage before it."""
 
@@ -98,6 +102,7 @@ class OptimizerConfig:
             0 <= self.min_learning_rate <= self.learning_rate,
             f"min_learning_rate {self.min_learning_rate} must lie between 0 and learning_rate {self.learning_rate}",
         )
+        _require(0 < self.vision_rate < math.inf, f"vision_rate is {self.vision_rate}; it must be above 0")
         for name in ("b1", "b2"):
             _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
         for name in ("warmup_steps", "weight_decay", "clip_norm", "eps"):
@@ -140,6 +145,8 @@ class CheckpointConfig:
     """How many of the newest to keep."""
     keep_every: int = 0
     """Also keep each checkpoint whose step is a multiple of this, 0: none."""
+    keep_stages: bool = False
+    """Also keep the last one of each stage."""
     asynchronous: bool = True
     """Write while training goes on."""
     verify: bool = True
@@ -206,6 +213,8 @@ class RunConfig:
     """What gives the first parameters: the folder of another run (its last checkpoint), or a published model (a Hugging
     Face folder, a .gguf file, an LWM stream), which also says what `model` and data.tokenizer leave out; null: random
     ones."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters in place of all parameters (needs init_from); null: everything is trained."""
     seed: int = 0
     """Of the parameters and the order of the data."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -218,6 +227,10 @@ class RunConfig:
 
     def __post_init__(self):
         _require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must lie in [0, 2^31)")
+        _require(
+            self.lora is None or self.init_from is not None,
+            "lora without init_from: adapters change a model that is there; name a published model or a run",
+        )
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), f"stages must have different names, not {', '.join(names)}")
         for stage in self.stage_list:

@@ -10,6 +10,7 @@ import yaml
 
 from ringjax.models.sizes import get_size
 from ringjax.training.config import STAGE_SECTIONS, RunConfig, StageConfig
+from ringjax.training.image_tokenizer.config import TokenizerRun
 from ringjax.training.mesh import resolve_shape
 from ringjax.training.start import OpenStart, Start
 from ringjax.training.typed import build
@@ -18,14 +19,22 @@ from ringjax.training.yaml_tree import ConfigError, Item, merge, parse_value, pa
 MAX_BYTES = 1 << 20
 
 
-def load_config(
-    path: str | Path, overrides: Iterable[tuple[str, str]] = (), open_start: OpenStart | None = None
-) -> RunConfig:
-    """The config of a YAML file with `(dotted key, value)` overrides laid over it.
+Overrides = Iterable[tuple[str, str]]
+
+
+def load_config(path: str | Path, overrides: Overrides = (), open_start: OpenStart | None = None) -> RunConfig:
+    """The transformer's run of a YAML file with `(dotted key, value)` overrides laid over it.
 
     `open_start` reads a published model that `init_from` names: what the config leaves out is taken from it.
     Raises ConfigError with one line for each problem; FileNotFoundError says which configs are near.
     """
+    return _transformers(load_run(path, overrides, open_start), str(path))
+
+
+def load_run(
+    path: str | Path, overrides: Overrides = (), open_start: OpenStart | None = None
+) -> RunConfig | TokenizerRun:
+    """`load_config` of any run: a transformer's (section `model`) or an image tokenizer's (section `vqgan`)."""
     path = Path(path)
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -37,27 +46,51 @@ def load_config(
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path} is not UTF-8 text (byte {error.start})") from None
-    return parse_config(text, str(path), overrides, open_start)
+    return parse_run(text, str(path), overrides, open_start)
 
 
 def parse_config(
-    text: str,
-    origin: str = "config",
-    overrides: Iterable[tuple[str, str]] = (),
-    open_start: OpenStart | None = None,
+    text: str, origin: str = "config", overrides: Overrides = (), open_start: OpenStart | None = None
 ) -> RunConfig:
     """`load_config` of a text."""
+    return _transformers(parse_run(text, origin, overrides, open_start), origin)
+
+
+def _transformers(run: RunConfig | TokenizerRun, origin: str) -> RunConfig:
+    if isinstance(run, TokenizerRun):
+        raise ConfigError(
+            f"{origin}: the run of an image tokenizer (section vqgan) has no transformer; what it leaves is its"
+            " tokenizer.safetensors"
+        )
+    return run
+
+
+def parse_run(
+    text: str, origin: str = "config", overrides: Overrides = (), open_start: OpenStart | None = None
+) -> RunConfig | TokenizerRun:
+    """`load_run` of a text."""
     tree = parse_yaml(text, origin)
     for key, value in overrides:
         tree = set_path(tree, key.split("."), parse_value(value, f"--{key}"))
     start = None if open_start is None else _open_start(tree, open_start)
     try:
+        if "vqgan" in tree.value:
+            return _image_tokenizer(tree)
         config = build(RunConfig, _expand(tree if start is None else _inherit(tree, start)))
     except ConfigError as error:
         raise ConfigError(_without_repeats(error.problems)) from None
     if start is not None and (problems := start.check(config.stage_list[0].model)):
         raise ConfigError([f"{problem}, which init_from names" for problem in problems])
     return config
+
+
+def _image_tokenizer(tree: Item) -> TokenizerRun:
+    if "model" in tree.value:
+        raise ConfigError(
+            f"{tree.value['vqgan'].where}: sections model and vqgan in one config; a run trains a transformer (model)"
+            " or an image tokenizer (vqgan): write two configs"
+        )
+    return build(TokenizerRun, tree)
 
 
 def _open_start(tree: Item, open_start: OpenStart) -> Start | None:

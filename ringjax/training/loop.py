@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from ringjax import accelerator
 from ringjax.training import distributed
+from ringjax.training.begin import Begun, begin_from, check_same_base
 from ringjax.training.checkpoint import (
-    FOLDER,
     CheckpointError,
     CheckpointStore,
     check_same_arrays,
@@ -25,19 +25,20 @@ from ringjax.training.checkpoint import (
     load_arrays,
 )
 from ringjax.training.config import RunConfig
+from ringjax.training.image_tokenizer.config import TokenizerRun
 from ringjax.training.load import to_yaml
 from ringjax.training.mesh import make_mesh, simulate_devices
 from ringjax.training.metrics import MetricsWriter
 from ringjax.training.plot import plot_loss
 from ringjax.training.progress import Quiet, format_count, make_display
 from ringjax.training.stage import StageLoop
-from ringjax.training.start import OpenStart, open_published
+from ringjax.training.start import OpenStart
 from ringjax.training.stops import BadLoss, StopSignals
 from ringjax.training.task import Task, Trains, TrainState, count_parameters
 from ringjax.training.tasks import check_tasks, make_tasks
 
 
-def train(config: RunConfig, open_start: OpenStart | None = None) -> Path:
+def train(config: RunConfig | TokenizerRun, open_start: OpenStart | None = None) -> Path:
     """Train `config`, from its last checkpoint if there is one, and return the run's folder.
 
     `open_start` (`ringjax.interop.start`) reads a published model, where `init_from` names one.
@@ -49,12 +50,24 @@ def train(config: RunConfig, open_start: OpenStart | None = None) -> Path:
     tasks = make_tasks(config)
     check_tasks(tasks, lambda task: task.check_devices(len(jax.devices())))
     check_tasks(tasks, lambda task: task.check_data())
+    _check_notes(tasks)
     with Run(config, tasks, open_start) as run, StopSignals() as signals, _debug(config):
         run.begin()
         for index in range(run.first_stage, len(config.stage_list)):
             run.stage(index, signals)
         run.finish()
     return run.folder
+
+
+def _check_notes(tasks: Sequence[Task]) -> None:
+    """That each stage can go on from the one before it, found at the start and not after a week."""
+    notes: dict[str, Any] = {}
+
+    def check(task: Task) -> None:
+        nonlocal notes
+        notes = task.noted(notes, "a stage before it")
+
+    check_tasks(tasks, check)
 
 
 @contextlib.contextmanager
@@ -72,17 +85,21 @@ def _debug(config: RunConfig):
 class Run(contextlib.AbstractContextManager):
     """A run and its files; a stage at a time."""
 
-    def __init__(self, config: RunConfig, tasks: Sequence[Task], open_start: OpenStart | None = None):
+    def __init__(
+        self, config: RunConfig | TokenizerRun, tasks: Sequence[Task], open_start: OpenStart | None = None
+    ):
         self.config, self.tasks, self._open_start = config, tasks, open_start
         self.folder = Path(config.run_dir)
         self.is_main = distributed.is_main()
         logging = config.logging
         self.display: Quiet = make_display(logging.progress, logging.every, self.is_main, tasks[0].describe)
-        self.store = CheckpointStore(self.folder, config.checkpoint, self.display.say)
+        self.store = CheckpointStore(self.folder, config.checkpoint, self.display.say, self._starts()[1:])
         self.writer: MetricsWriter | None = None
         self.state: TrainState | None = None
+        self.base: dict[str, str] | None = None
         self.resumed: tuple[Path, dict[str, Any]] | None = None
         self.first_stage = 0
+        self.notes: dict[str, Any] = {}
 
     def __exit__(self, *error):
         try:
@@ -153,59 +170,65 @@ class Run(contextlib.AbstractContextManager):
         done = info["step"] if info else start
         self.state = self._enter(trainer, task, start)
         self._announce(task, mesh, trainer)
-        with task.feed(mesh, self.config.seed + index, info and info["loader"]) as feed:
+        with task.feed(mesh, self.config.seed + index, info and info["loader"], self.display.say) as feed:
             self.display.start_stage(task.stage.name, done - start, task.stage.training.steps)
             StageLoop(self, index, task, start, trainer, feed, info["losses"] if info else []).run(done, signals)
 
     def _enter(self, trainer: Trains, task: Task, start: int) -> TrainState:
         """The state at the beginning of a stage: restored, carried over from the stage before, or new."""
         if self.resumed is None:
-            return self._first_state(trainer, task) if self.state is None else self._carry(trainer, task, self.state)
+            if self.state is None:
+                return self._first_state(trainer, task)
+            self.notes = task.noted(self.notes, "the stage before")
+            return self._carry(trainer, task, self.state)
         (path, info), self.resumed = self.resumed, None
+        self.notes = task.noted(info.get("notes", {}), str(path))
         abstract = trainer.abstract
         check_same_arrays(info["parameters"], describe_arrays(abstract.params), str(path))
-        params = load_arrays(path, "params", abstract.params)
+        params, frozen = load_arrays(path, "params", abstract.params), self._frozen(trainer, task, info)
         step = jax.device_put(jnp.int32(info["step"]), abstract.step.sharding)
         if info["step"] == start and not task.stage.optimizer.carry:
-            return TrainState(step, params, trainer.fresh_optimizer(params))
+            return TrainState(step, params, trainer.fresh_optimizer(params), frozen)
         check_same_arrays(info["optimizer"], describe_arrays(abstract.optimizer), str(path), "optimizer")
-        return TrainState(step, params, load_arrays(path, "optimizer", abstract.optimizer))
+        return TrainState(step, params, load_arrays(path, "optimizer", abstract.optimizer), frozen)
 
     def _first_state(self, trainer: Trains, task: Task) -> TrainState:
+        self.notes = task.noted({}, "")
         if self.config.init_from is None:
             return trainer.init(self.config.seed)
-        params, said = self._first_params(trainer, task)
-        for line in said:
+        begun = self._begin_from(trainer, task)
+        self.notes = task.noted(begun.notes, f"init_from {begun.identity['path']}")
+        for line in begun.said:
             self.display.say(line)
-        zero = jax.device_put(jnp.int32(0), trainer.abstract.step.sharding)
-        return TrainState(zero, params, trainer.fresh_optimizer(params))
+        return task.first_state(trainer, begun.params, self.config.seed)
 
-    def _first_params(self, trainer: Trains, task: Task) -> tuple[Any, list[str]]:
-        """Those that `init_from` names, and what to say about them."""
-        start = open_published(self.config.init_from, self.config.stage_list[0].model.heads, self._open_start)
-        if start is not None:
-            return task.first_params(start, make_mesh(task.mesh_shape), self.config.seed)
-        found = distributed.same_on_all(self._find_first)
-        if found is None:
-            raise CheckpointError(f"init_from {self.config.init_from} holds no whole checkpoint; give a run's folder")
-        abstract = trainer.abstract
-        check_same_arrays(found[1], describe_arrays(abstract.params), found[0])
-        return load_arrays(Path(found[0]), "params", abstract.params), [f"parameters from {found[0]}"]
+    def _frozen(self, trainer: Trains, task: Task, info: dict[str, Any]) -> Any:
+        """What a checkpoint does not hold, read again from where the run began; None for most runs."""
+        if trainer.abstract.frozen is None:
+            return None
+        begun = self._begin_from(trainer, task)
+        check_same_base(info["base"], begun.identity)
+        return task.first_state(trainer, begun.params, self.config.seed).frozen
 
-    def _find_first(self) -> list | None:
-        found = last_whole(Path(self.config.init_from) / FOLDER, self.config.checkpoint.verify, self.display.say)
-        return None if found is None else [str(found[0]), found[1]["parameters"]]
+    def _begin_from(self, trainer: Trains, task: Task) -> Begun:
+        begun = begin_from(self.config, task, trainer, make_mesh(task.mesh_shape), self._open_start)
+        if trainer.abstract.frozen is not None:
+            self.base = begun.identity
+        return begun
 
     def _carry(self, trainer: Trains, task: Task, state: TrainState) -> TrainState:
         places = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract)
         params = jax.device_put(state.params, places.params)
         carry = task.stage.optimizer.carry
         moments = jax.device_put(state.optimizer, places.optimizer) if carry else trainer.fresh_optimizer(params)
-        return TrainState(jax.device_put(state.step, places.step), params, moments)
+        frozen = jax.device_put(state.frozen, places.frozen)
+        return TrainState(jax.device_put(state.step, places.step), params, moments, frozen)
 
     def _announce(self, task: Task, mesh, trainer: Trains) -> None:
         count = format_count(count_parameters(trainer.abstract.params))
         shape = " ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        if trainer.abstract.frozen is not None:
+            count = f"{count} of {format_count(count_parameters((trainer.abstract.params, trainer.abstract.frozen)))}"
         self.display.say(f"stage {task.stage.name}: {count} parameters, {task.amount()}, mesh {shape}")
 
 

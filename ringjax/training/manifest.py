@@ -66,6 +66,11 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
     return info
 
 
+def digest_of(folder: Path) -> str:
+    """A name of what a whole checkpoint holds: other numbers, another name."""
+    return json.loads((folder / NAME).read_text(encoding="utf-8").partition("\n")[0])["sha256"]
+
+
 def _check_files(folder: Path, files: dict[str, list], verify: bool) -> None:
     for name, (size, _) in files.items():
         path = folder / name

@@ -110,7 +110,10 @@ class StageLoop:
             "parameters": describe_arrays(state.params),
             "optimizer": describe_arrays(state.optimizer),
             "losses": self.guard.losses,
+            "notes": self.owner.notes,
         }
+        if self.owner.base is not None:
+            info["base"] = self.owner.base
         self.owner.store.save(step, {"params": state.params, "optimizer": state.optimizer}, info)
         if self.feed.skipped != self.skipped:
             self.skipped = self.feed.skipped
@@ -120,7 +123,7 @@ class StageLoop:
 
     def evaluate(self, step: int) -> None:
         """Held-out losses by source, to metrics.jsonl and the display."""
-        results = self.evaluator(self.owner.state.params)
+        results = self.evaluator(self.owner.state.whole)
         self.clock = time.monotonic()  # an evaluation is no part of a step's time
         if self.owner.writer is not None:
             self.owner.writer.write({"step": step, "eval": results})

@@ -47,6 +47,8 @@ class Start:
     config: ModelConfig
     load: Callable[[ModelConfig, Parallel], Transformer]
     """With its parameters, streamed to their shards; the config is `config` but for what changes no shape."""
+    fingerprint: str
+    """Of its files."""
     has_tokenizer: bool = True
     unknown: tuple[str, ...] = ()
     """Fields of the config that the file does not tell."""
@@ -89,14 +91,15 @@ def first_params(start: Start, config: ModelConfig, parallel: Parallel, seed: in
     found = dict(nnx.to_flat_state(nnx.state(start.load(known, parallel))))
     said = [f"parameters from {start.path}"]
     abstract = nnx.state(Transformer.abstract(config))
-    shardings = dict(nnx.to_flat_state(parallel.param_shardings(abstract)))
+    placed = None if parallel.mesh is None else dict(nnx.to_flat_state(parallel.param_shardings(abstract)))
     leaves = []
     for number, (path, leaf) in enumerate(nnx.to_flat_state(abstract)):
         if path not in found:
             key = jax.random.fold_in(jax.random.key(seed), number)
             model = found[_ALIKE[path]].get_value()
             draw = functools.partial(drawn_like, shape=leaf.get_value().shape, axis=_TOKENS[path])
-            value = jax.jit(draw, out_shardings=shardings[path].get_value())(model, key)
+            place = None if placed is None else placed[path].get_value()
+            value = jax.jit(draw, out_shardings=place)(model, key)
             found[path] = leaf.replace(value)
             scale = float(jnp.sqrt(jnp.mean(jnp.square(value.astype(jnp.float32)))))
             said.append(f"{'/'.join(path)} {list(value.shape)} is new, spread as the text's (RMS {scale:.3g})")

@@ -1,17 +1,21 @@
 """One training step: the exact weighted loss of a whole batch, its gradient, and AdamW, in one compiled program."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ringjax.attention import Reach
 from ringjax.models.config import ModelConfig
+from ringjax.models.lora import LoraConfig, new_trained, split_trained
+from ringjax.models.lora import abstract as adapted_abstract
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
 from ringjax.training.config import OptimizerConfig
@@ -27,7 +31,11 @@ class Trainer(NamedTuple):
 
     graph: Any
     abstract: TrainState
+    base: Any
+    """The parameters of the model without adapters, abstract."""
     init: Callable[[int], TrainState]
+    begin: Callable[[Any, int], TrainState]
+    """From such parameters, and the seed of the adapters."""
     fresh_optimizer: Callable[[Any], Any]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     evaluate: Callable[[Any, Batch], LossSums]
@@ -35,30 +43,57 @@ class Trainer(NamedTuple):
 
 @functools.lru_cache(maxsize=8)  # a run that goes on in the same process (a notebook) compiles nothing again
 def make_trainer(
-    model: ModelConfig, config: OptimizerConfig, parallel: Parallel, *, steps: int, start: int, donate: bool = True
+    model: ModelConfig,
+    config: OptimizerConfig,
+    parallel: Parallel,
+    *,
+    steps: int,
+    start: int,
+    donate: bool = True,
+    lora: LoraConfig | None = None,
 ) -> Trainer:
     """The functions of a stage of `steps` steps that begins at step `start` of the run.
 
     `abstract` holds shapes, dtypes and shardings of the whole state: what a checkpoint is restored to. `donate`: a step
-    overwrites the state it is given.
+    overwrites the state it is given. With `lora` only adapters (and what it trains beside them) have gradients and
+    moments; they are float32, the frozen parameters of the model's type.
     """
     optimizer = make_optimizer(config)
-    graph = nnx.graphdef(Transformer.abstract(model))
+    plain = Transformer.abstract(model)
+    graph = nnx.graphdef(plain if lora is None else adapted_abstract(model, lora))
 
     def init(seed) -> TrainState:
-        params = nnx.state(Transformer(model, nnx.Rngs(params=jax.random.key(seed))))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        params, frozen = nnx.state(Transformer(model, nnx.Rngs(params=jax.random.key(seed)))), None
+        if lora is not None:
+            kept, frozen = split_trained(params, lora)
+            params = new_trained(model, lora, dict(nnx.to_flat_state(kept)), seed)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
+
+    def begin(params, seed: int) -> TrainState:
+        step, frozen = jax.device_put(np.int32(0), shardings.step), None
+        if lora is not None:
+            kept, frozen = split_trained(params, lora)
+            params = trained(dict(nnx.to_flat_state(kept)), seed)
+        return TrainState(step, params, fresh_optimizer(params), frozen)
 
     abstract = jax.eval_shape(init, 0)
     shardings = parallel.param_shardings(abstract)
     everywhere = jax.sharding.NamedSharding(parallel.mesh, jax.sharding.PartitionSpec())
 
-    def loss_sums(params, batch: Batch) -> tuple[Float[Array, ""], LossSums]:
-        sums = batch_loss(nnx.merge(graph, params), batch, parallel, model.loss_chunk)
+    trained = jax.jit(functools.partial(new_trained, model, lora), out_shardings=shardings.params)
+    fresh_optimizer = jax.jit(optimizer.init, out_shardings=shardings.optimizer)
+
+    whole_attention = dataclasses.replace(model, shifted_group=None)
+    full = Transformer.abstract(whole_attention) if lora is None else adapted_abstract(whole_attention, lora)
+    full_graph = nnx.graphdef(full)
+
+    def loss_sums(whole, batch: Batch, graph=graph) -> tuple[Float[Array, ""], LossSums]:
+        sums = batch_loss(nnx.merge(graph, whole), batch, parallel, model.loss_chunk)
         return sums.text_loss_sum + sums.vision_loss_sum, sums
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums = accumulate(jax.grad(loss_sums, has_aux=True), state.params, batch, shardings.params)
+        gradient = jax.grad(lambda params, micro: loss_sums(state._replace(params=params).whole, micro), has_aux=True)
+        grads, sums = accumulate(gradient, state.params, batch, shardings.params)
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: g / weight, grads)
         with jax.named_scope("optimizer"):
@@ -66,21 +101,26 @@ def make_trainer(
             direction, opt_state = optimizer.update(grads, state.optimizer, state.params)
             params = jax.tree.map(lambda w, d: (w - rate * d).astype(w.dtype), state.params, direction)
         metrics = {**loss_metrics(sums), "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
-    def evaluate(params, batch: Batch) -> LossSums:
-        return jax.lax.map(lambda micro: loss_sums(params, micro)[1], batch)
+    def evaluate(whole, batch: Batch) -> LossSums:
+        return jax.lax.map(lambda micro: loss_sums(whole, micro, full_graph)[1], batch)
 
     return Trainer(
         graph=graph,
-        abstract=jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-        ),
+        abstract=_placed(abstract, shardings),
+        base=_placed(nnx.state(plain), parallel.param_shardings(nnx.state(plain))),
         init=jax.jit(init, out_shardings=shardings),
-        fresh_optimizer=jax.jit(optimizer.init, out_shardings=shardings.optimizer),
+        begin=begin,
+        fresh_optimizer=fresh_optimizer,
         step=jax.jit(step, donate_argnums=(0,) if donate else (), out_shardings=(shardings, everywhere)),
         evaluate=jax.jit(evaluate, out_shardings=everywhere),
     )
+
+
+def _placed(abstract: Any, shardings: Any) -> Any:
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, abstract, shardings)
 
 
 def batch_loss(model: Transformer, batch: Batch, parallel: Parallel, chunk: int) -> LossSums:

@@ -17,8 +17,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from ringjax.models.lora import joined
 from ringjax.training.mesh import is_simulated
-from ringjax.training.start import Start
+from ringjax.training.start import OpenStart, Start, open_published
 
 Metrics = dict[str, Float[Array, ""]]
 Measured = dict[str, float | None]
@@ -41,6 +42,13 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: Any
     optimizer: Any
+    frozen: Any = None
+    """Parameters that steps use and do not change (those under adapters); None: there are none. Not in checkpoints."""
+
+    @property
+    def whole(self) -> Any:
+        """All parameters of the model."""
+        return self.params if self.frozen is None else joined(self.params, self.frozen)
 
 
 class Trains(Protocol):
@@ -99,17 +107,38 @@ class Task(abc.ABC):
     def trainer(self, mesh: Mesh, seed: int, start: int) -> Trains:
         """The compiled functions of this stage, which begins at step `start` of the run."""
 
+    def base(self, trainer: Any) -> Any:
+        """Shapes, types and places of the parameters that a run begins with."""
+        return trainer.abstract.params
+
+    def first_state(self, trainer: Any, params: Any, seed: int) -> TrainState:
+        """The state before the first step, from such parameters."""
+        zero = jax.device_put(np.int32(0), trainer.abstract.step.sharding)
+        return TrainState(zero, params, trainer.fresh_optimizer(params))
+
     def files(self) -> dict[str, bytes]:
         """What the run's folder holds so that it can be used elsewhere: paths in it, and contents."""
         return {}
+
+    def noted(self, before: dict[str, Any], where: str) -> dict[str, Any]:
+        """What checkpoints of this stage say of the data beside the place in it, JSON-able.
+
+        `before` is what was said at `where`, a checkpoint that this stage goes on from; raises ValueError where that
+        cannot be.
+        """
+        return before
+
+    def open_start(self, path: str, opener: OpenStart | None) -> Start | None:
+        """The published model at `path`, if it is one."""
+        return open_published(path, None, opener)
 
     def first_params(self, start: Start, mesh: Mesh, seed: int) -> tuple[Any, list[str]]:
         """The parameters from a published model, where they live, and lines worth saying."""
         raise NotImplementedError(f"init_from {start.path} is a language model; this run trains something else")
 
     @abc.abstractmethod
-    def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None) -> Feeds:
-        """Batches from the beginning, or from the state that a checkpoint holds."""
+    def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None, say: Callable[[str], None]) -> Feeds:
+        """Batches from the beginning, or from the state that a checkpoint holds; `say`s what a person should know."""
 
     @abc.abstractmethod
     def evaluator(self, trainer: Any, feed: Any, seed: int) -> Callable[[Any], dict[str, Measured]]:

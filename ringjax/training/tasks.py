@@ -3,14 +3,18 @@
 from collections.abc import Callable, Sequence
 
 from ringjax.training.config import RunConfig
+from ringjax.training.image_tokenizer.config import TokenizerRun
+from ringjax.training.image_tokenizer.task import ImageTokenizerTask
 from ringjax.training.task import Task
 from ringjax.training.transformer_task import TransformerTask
 from ringjax.training.yaml_tree import ConfigError
 
 
-def make_tasks(config: RunConfig) -> tuple[Task, ...]:
+def make_tasks(config: RunConfig | TokenizerRun) -> tuple[Task, ...]:
     """One task for each stage of the run."""
-    return tuple(TransformerTask(stage) for stage in config.stage_list)
+    if isinstance(config, TokenizerRun):
+        return tuple(ImageTokenizerTask(stage) for stage in config.stage_list)
+    return tuple(TransformerTask(stage, config.lora) for stage in config.stage_list)
 
 
 def check_tasks(tasks: Sequence[Task], check: Callable[[Task], None]) -> None:

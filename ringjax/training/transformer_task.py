@@ -1,11 +1,16 @@
 """The transformer as the training loop sees it: tokens in, next-token loss out."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from ringjax.data.codes import agreed, vision_tokenizer_path
+from ringjax.data.sources import codes_of, open_sources
 from ringjax.data.tokenizers import tokenizer_files
+from ringjax.models.lora import LoraConfig
 from ringjax.models.parallel import Parallel
 from ringjax.training import progress
 from ringjax.training.config import StageConfig
@@ -13,19 +18,23 @@ from ringjax.training.evaluate import Evaluator
 from ringjax.training.feed import Feed, check_stage_data
 from ringjax.training.load import check_stage_devices
 from ringjax.training.mesh import is_simulated
-from ringjax.training.run_folder import TOKENIZER
-from ringjax.training.start import Start, first_params
+from ringjax.training.run_folder import CODES_OF, TOKENIZER, VISION_TOKENIZER
+from ringjax.training.start import OpenStart, Start, first_params, open_published
 from ringjax.training.step import Trainer, make_trainer, readable
-from ringjax.training.task import Measured, Task
+from ringjax.training.task import Measured, Task, TrainState
 from ringjax.training.utilisation import flops_per_row, mfu
 
 
 class TransformerTask(Task):
-    """One stage of a transformer's run."""
+    """One stage of a transformer's run, of all its parameters or of adapters (`lora`)."""
 
     stage: StageConfig
     plot_lines = (("text_loss", "text", "tab:blue"), ("vision_loss", "pictures", "tab:orange"))
     plot_label = "loss (nats a token)"
+
+    def __init__(self, stage: StageConfig, lora: LoraConfig | None = None):
+        super().__init__(stage)
+        self.lora = lora
 
     def check_devices(self, device_count: int) -> None:
         check_stage_devices(self.stage, device_count, is_simulated())
@@ -37,19 +46,42 @@ class TransformerTask(Task):
         stage, training = self.stage, self.stage.training
         return make_trainer(
             stage.model, stage.optimizer, self._parallel(mesh), steps=training.steps, start=start,
-            donate=not training.debug_nans,
+            donate=not training.debug_nans, lora=self.lora,
         )  # fmt: skip
 
     def _parallel(self, mesh: Mesh) -> Parallel:
         return Parallel(mesh, self.stage.mesh.layout, self.stage.mesh.strategy, self.stage.mesh.backend)
 
+    def base(self, trainer: Trainer) -> Any:
+        return trainer.base
+
+    def first_state(self, trainer: Trainer, params: Any, seed: int) -> TrainState:
+        return trainer.begin(params, seed)
+
     def files(self) -> dict[str, bytes]:
-        return {f"{TOKENIZER}/{name}": text for name, text in tokenizer_files(self.stage.data.tokenizer).items()}
+        data = self.stage.data
+        found = {f"{TOKENIZER}/{name}": text for name, text in tokenizer_files(data.tokenizer).items()}
+        if data.vision_tokenizer is not None:
+            found[VISION_TOKENIZER] = vision_tokenizer_path(data.vision_tokenizer).read_bytes()
+        return found
+
+    def noted(self, before: dict[str, Any], where: str) -> dict[str, Any]:
+        agreed([(where, before.get(CODES_OF)), ("the data", self._codes_of)])
+        return before if self._codes_of is None else {**before, CODES_OF: self._codes_of}
+
+    @functools.cached_property
+    def _codes_of(self) -> str | None:
+        """The image tokenizer of the data, as far as it is known."""
+        sources, _ = open_sources(self.stage.data, "train")
+        return codes_of(sources, self.stage.data)
+
+    def open_start(self, path: str, opener: OpenStart | None) -> Start | None:
+        return open_published(path, self.stage.model.heads, opener)
 
     def first_params(self, start: Start, mesh: Mesh, seed: int) -> tuple[Any, list[str]]:
         return first_params(start, self.stage.model, self._parallel(mesh), seed)
 
-    def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None) -> Feed:
+    def feed(self, mesh: Mesh, seed: int, state: dict[str, Any] | None, say: Callable[[str], None]) -> Feed:
         return Feed(self.stage, mesh, seed, state)
 
     def evaluator(self, trainer: Trainer, feed: Feed, seed: int) -> Evaluator:
@@ -65,7 +97,11 @@ class TransformerTask(Task):
     def speed(self, parameters: int, seconds: float) -> Measured:
         model, training, devices = self.stage.model, self.stage.training, jax.devices()
         width = model.heads * model.head_size
-        flops = training.batch_size * flops_per_row(parameters, model.layers, width, training.seq_len)
+        frozen = 0 if self.lora is None else model.parameter_count()
+        row = flops_per_row(
+            parameters, model.layers, width, training.seq_len, frozen=frozen, group=model.shifted_group
+        )
+        flops = training.batch_size * row
         return {
             "tokens_per_second": training.batch_size * training.seq_len / seconds,
             "mfu": mfu(flops, seconds, devices[0].device_kind, len(devices)),

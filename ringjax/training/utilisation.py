@@ -54,9 +54,16 @@ def peak_bandwidth(device_kind: str) -> float | None:
     return next((peak for pattern, peak in _BANDWIDTHS if re.search(pattern, device_kind.lower())), None)
 
 
-def flops_per_row(parameters: int, layers: int, width: int, seq_len: int) -> float:
-    """Useful FLOPs of forward and backward for one row of `seq_len` tokens; `width` is heads · head size."""
-    return 6.0 * parameters * seq_len + 6.0 * layers * width * float(seq_len) ** 2
+def flops_per_row(
+    parameters: int, layers: int, width: int, seq_len: int, *, frozen: int = 0, group: int | None = None
+) -> float:
+    """Useful FLOPs of forward and backward for one row of `seq_len` tokens; `width` is heads · head size.
+
+    `frozen` parameters have no gradients of their own: 4 a token, not 6. With `group`, attention is within so many
+    tokens (S²-Attn).
+    """
+    seen = seq_len if group is None else min(group, seq_len)
+    return (6.0 * parameters + 4.0 * frozen) * seq_len + 6.0 * layers * width * float(seq_len) * seen
 
 
 def mfu(flops: float, seconds: float, device_kind: str, device_count: int) -> float | None:

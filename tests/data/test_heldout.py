@@ -2,11 +2,11 @@
 
 import pytest
 
-from ringjax.data.heldout import concept, heldout
+from ringjax.data.heldout import concept, heldout, side_of
 
 
 def test_variants_of_a_concept_are_on_one_side():
-    variants = ["Red fox", "a red FOX", "red fox, black and white", "the red fox black and white", " red  fox. "]
+    variants = ["Red fox", "a red FOX", "a ｒｅｄ fox, black and white", "the red fox black and white", " red  fox. "]
     assert {concept(caption) for caption in variants} == {"red fox"}
     assert concept("Two foxes") == concept("two fox") and concept("glass") == "glass"
     assert concept("man dancing") == concept("women dancing") == "dancing"
@@ -18,6 +18,7 @@ def test_the_share_is_about_what_was_asked_and_grows_with_it():
     captions = [f"thing number {i}" for i in range(4000)]
     few, many = ({c for c in captions if heldout(c, share)} for share in (0.05, 0.2))
     assert 150 < len(few) < 250 and 700 < len(many) < 900
+    assert {side_of(c, 0.05) for c in few} == {"heldout"} and {side_of(c, 0.05) for c in many - few} == {"train"}
     assert few < many, "what a small share keeps aside, a larger one does too"
     assert not any(heldout(c, 0) for c in captions) and all(heldout(c, 1) for c in captions)
 

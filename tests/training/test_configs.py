@@ -8,26 +8,38 @@ from flax import nnx
 
 from ringjax.models.sizes import STAGES
 from ringjax.models.transformer import Transformer
-from ringjax.training.load import check_devices, load_config, parse_config, to_yaml
+from ringjax.training.load import check_devices, load_config, load_run, parse_run, to_yaml
+from ringjax.training.tasks import make_tasks
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MACHINES = {
     "quickstart": (8, True), "one_gpu": (1, False), "long_1b": (2, False), "long_135m": (2, False),
     "lwm_text": (512, False), "lwm_vision": (512, False),
 }  # fmt: skip
+TOKENIZERS = {"vqgan_128": 1, "vqgan_256": 8}
 
 
 def test_every_config_is_tested():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(MACHINES)
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(MACHINES) | set(TOKENIZERS)
 
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_config_fits_its_machine(name):
     config = load_config(CONFIGS / f"{name}.yaml")
     check_devices(config, *MACHINES[name])
-    assert parse_config(to_yaml(config)) == config
+    assert parse_run(to_yaml(config)) == config
     first = (CONFIGS / f"{name}.yaml").read_text()
     assert "command" in first and "time" in first  # the header says what to type and how long it takes
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizers_config_fits_its_machine(name):
+    config = load_run(CONFIGS / f"{name}.yaml")
+    (task,) = make_tasks(config)
+    task.check_devices(TOKENIZERS[name])
+    assert parse_run(to_yaml(config)) == config
+    first = (CONFIGS / f"{name}.yaml").read_text()
+    assert "command" in first and "time" in first
 
 
 def test_quickstart_uses_a_gpu_where_there_is_one():

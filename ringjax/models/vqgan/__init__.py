@@ -3,6 +3,7 @@
     config.py     VQGANConfig, the published LWM size and the small one for digits
     layers.py     residual blocks, encoder, decoder
     model.py      VQGAN: encode, decode, the training forward pass
+    scalar.py     finite scalar quantization, the codebook that nothing has to learn
     codebook.py   nearest code, straight-through gradient, moving averages that keep every code in use
     pictures.py   between uint8 pictures and pixels in [-1, 1]; whole data sets at a time
     files.py      safetensors in and out, fingerprint

@@ -1,6 +1,8 @@
 """What a VQGAN looks like."""
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 # Generous bounds, so that a size read from a damaged file is refused before anything is built from it.
 _LARGEST = {"resolution": 4096, "channels": 16, "res_blocks": 16, "codes": 1 << 20}
@@ -21,9 +23,11 @@ class VQGANConfig:
         codes: entries of the codebook.
         code_dim: length of a codebook entry.
         norm_groups: groups of every GroupNorm.
+        levels: finite scalar quantization in place of a learned codebook: values of each latent dimension, such as
+            (8, 8, 4, 4) for 1,024 codes; `codes` is their product and `code_dim` their number.
 
     Raises:
-        ValueError: a size is not a positive int, or sizes do not divide each other.
+        ValueError: a size is not a positive int, or sizes do not divide each other or fit the levels.
     """
 
     resolution: int = 256
@@ -35,11 +39,12 @@ class VQGANConfig:
     codes: int = 8192
     code_dim: int = 64
     norm_groups: int = 32
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", _as_tuple(self.multipliers))
         for field in fields(self):
-            if field.name != "multipliers":
+            if field.name not in ("multipliers", "levels"):
                 _check_size(field.name, getattr(self, field.name))
         for multiplier in self.multipliers:
             _check_size("multipliers", multiplier)
@@ -53,6 +58,14 @@ class VQGANConfig:
                 raise ValueError(
                     f"hidden {self.hidden} · multiplier {multiplier} is not divisible by norm_groups {self.norm_groups}"
                 )
+        object.__setattr__(self, "levels", _checked_levels(self.levels, self.codes, self.code_dim))
+
+    def plain(self) -> dict[str, Any]:
+        """The fields as a file or a fingerprint holds them; what a codebook has no use for is left out."""
+        found = asdict(self)
+        if not self.levels:
+            del found["levels"]
+        return found
 
     @property
     def downscale(self) -> int:
@@ -78,6 +91,20 @@ def _as_tuple(multipliers: object) -> tuple[int, ...]:
     if not isinstance(multipliers, list | tuple) or not 1 <= len(multipliers) <= 12:
         raise ValueError(f"multipliers {multipliers!r} must be a list of 1 to 12 sizes, one a level")
     return tuple(multipliers)
+
+
+def _checked_levels(levels: object, codes: int, code_dim: int) -> tuple[int, ...]:
+    if not isinstance(levels, list | tuple) or len(levels) > 32:
+        raise ValueError(f"levels {levels!r} must be a list of up to 32 numbers, one a latent dimension")
+    for level in levels:
+        if isinstance(level, bool) or not isinstance(level, int) or not 2 <= level <= 1024:
+            raise ValueError(f"levels {list(levels)}: {level!r} must be an int from 2 to 1024")
+    if levels and (math.prod(levels), len(levels)) != (codes, code_dim):
+        raise ValueError(
+            f"levels {list(levels)} make {math.prod(levels)} codes of {len(levels)} dimensions, not codes {codes} and"
+            f" code_dim {code_dim}; set these to {math.prod(levels)} and {len(levels)}, or levels to [] for a codebook"
+        )
+    return tuple(levels)
 
 
 def _check_size(name: str, size: object) -> None:
