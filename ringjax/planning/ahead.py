@@ -1,11 +1,11 @@
 """Compiling for a TPU slice on a machine without one: needs libtpu (`pip install ringjax[tpu]`), not a TPU.
 
-    mesh = slice_mesh("v5e:2x4")
-    compiled = ring_program(mesh, seq_len=65536, heads=16, kv_heads=8).compile()
-    compiled.memory_analysis()                       # bytes on each chip
-    hlo.Program(compiled.as_text()).transfers()      # what each rotation is hidden behind
+mesh = slice_mesh("v5e:2x4")
+compiled = ring_program(mesh, seq_len=65536, heads=16, kv_heads=8).compile()
+compiled.memory_analysis()                       # bytes on each chip
+hlo.Program(compiled.as_text()).transfers()      # what each rotation is hidden behind
 
-    training_program(stage, slice_devices("v4:8x8x16")).compile()     # the step of `ringjax train`, for 1024 chips
+training_program(stage, slice_devices("v4:8x8x16")).compile()     # the step of `ringjax train`, for 1024 chips
 """
 
 import importlib.util
@@ -35,6 +35,7 @@ QUIET = {
 }
 # A v4 chip has two cores; joined into one they are one device, as on real slices.
 MEGACORE = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
+
 
 def slice_devices(topology: str) -> list:
     """The chips of a slice such as 'v4:4x4x4', 'v5e:2x4', 'v5p:2x2x2', 'v6e:2x4' or 'tpu7x:2x2x1' (two devices a chip).

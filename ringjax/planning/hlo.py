@@ -135,9 +135,7 @@ class Program:
                     found.append(Transfer(*arrays(instruction.type)[0], times, ()))
                 elif instruction.operation == "collective-permute-start":
                     meanwhile = self._until_done(schedule, place)
-                    found.append(
-                        Transfer(*arrays(instruction.type)[0], times, tuple(filter(self.computes, meanwhile)))
-                    )
+                    found.append(Transfer(*arrays(instruction.type)[0], times, tuple(filter(self.computes, meanwhile))))
         return found
 
     def computes(self, instruction: Instruction) -> bool:

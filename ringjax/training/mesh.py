@@ -1,7 +1,7 @@
 """The mesh `dp,fsdp,tp,sp`: four numbers, one of which may be -1 and takes the devices that are left.
 
-    dp     copies of the model, each on other rows          fsdp   rows too, with the parameters cut over them
-    tp     heads and feed-forward cut over devices           sp     the ring: the sequence cut over devices
+dp     copies of the model, each on other rows          fsdp   rows too, with the parameters cut over them
+tp     heads and feed-forward cut over devices           sp     the ring: the sequence cut over devices
 """
 
 import logging
@@ -11,6 +11,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("dp", "fsdp", "tp", "sp")
@@ -71,7 +72,13 @@ def make_mesh(shape: str, devices: list[jax.Device] | None = None) -> Mesh:
     if devices[0].platform == "cpu":
         # make_mesh orders CPU devices as they come; written out, the rows of a process are always neighbours.
         return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=axis_types)
-    return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+    except (
+        NotImplementedError
+    ):  # an axis of a TPU slice must be cut in two, such as sp 512 and tp 2 on 8 × 8 × 16 chips
+        split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=axis_types)
 
 
 def simulate_devices(count: int) -> None:
