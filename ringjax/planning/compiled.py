@@ -17,6 +17,7 @@ from ringjax.planning import ahead, hlo
 from ringjax.planning.devices import Target
 from ringjax.training.config import StageConfig
 
+ROTATION = "ring/rotate"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
 # Two checks of XLA for TPUs: one before memory is assigned, one after it.
@@ -29,7 +30,8 @@ _LARGEST = re.compile(rf"Size: {_SIZE}\n(?:\s*Operator: op_name=\"([^\"]*)\"\n)?
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled step, or why there is none. Bytes on each device; `hidden` and `exposed` count messages."""
+    """A compiled step, or why there is none. Bytes on each device; `hidden` and `exposed` count the
+    ring's messages: K and V of a rotation are one each."""
 
     seconds: float
     used: float
@@ -71,7 +73,7 @@ def compile_stage(stage: StageConfig, target: Target) -> Compiled:
         return overflow(str(error), time.perf_counter() - start)
     seconds = time.perf_counter() - start
     stats = step.memory_analysis()
-    transfers = hlo.Program(step.as_text()).transfers()
+    transfers = [x for x in hlo.Program(step.as_text()).transfers() if ROTATION in x.scope]
     hidden = sum(transfer.times for transfer in transfers if transfer.hidden)
     total = sum(transfer.times for transfer in transfers)
     return Compiled(seconds, peak(stats), target.device.usable, stats.argument_size_in_bytes, hidden, total - hidden)

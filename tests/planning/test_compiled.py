@@ -50,7 +50,7 @@ def test_a_step_for_a_slice():
     stored = counted.parameters + counted.optimizer + counted.batch
     assert said.fits and said.arguments == pytest.approx(stored, rel=0.05)  # small arrays are padded to tiles
     assert stored < said.used < said.limit
-    # 2 layers; forward, again under remat, backward with the sums; K and V each.
+    # 2 layers; forward, again under remat, backward with the sums: 7 rotations each, of K and V.
     assert said.hidden + said.exposed == 2 * 2 * 7 * 4
 
 

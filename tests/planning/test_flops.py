@@ -34,7 +34,7 @@ def test_pairs_of_a_row_are_those_of_its_mask(window):
 
 
 def test_what_a_policy_computes_again():
-    """Counted by matrices: save_products none, full all but the feed-forward's last product, and attention once more."""
+    """By matrices: save_products none, full all but the last of the feed-forward, and attention once more."""
     model = get_size("7b")
     counted = {
         remat: flops.step_flops(dataclasses.replace(model, remat=remat), 4096)
