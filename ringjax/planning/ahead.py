@@ -1,11 +1,11 @@
 """Compiling for a TPU slice on a machine without one: needs libtpu (`pip install ringjax[tpu]`), not a TPU.
 
-mesh = slice_mesh("v5e:2x4")
-compiled = ring_program(mesh, seq_len=65536, heads=16, kv_heads=8).compile()
-compiled.memory_analysis()                       # bytes on each chip
-hlo.Program(compiled.as_text()).transfers()      # what each rotation is hidden behind
+    mesh = slice_mesh("v5e:2x4")
+    compiled = ring_program(mesh, seq_len=65536, heads=16, kv_heads=8).compile()
+    compiled.memory_analysis()                       # bytes on each chip
+    hlo.Program(compiled.as_text()).transfers()      # what each rotation is hidden behind
 
-training_program(stage, slice_devices("v4:8x8x16")).compile()     # the step of `ringjax train`, for 1024 chips
+    training_program(stage, slice_devices("v4:8x8x16")).compile()     # the step of `ringjax train`, for 1024 chips
 """
 
 import importlib.util

@@ -45,7 +45,7 @@ def _of_device(order: layouts.Layout, device: int, ring_size: int, length: int, 
 def slowest(pairs: Int[np.ndarray, "R R"]) -> int:
     """The pairs that a ring waits for: a hop lasts as long as its busiest device.
 
-    slowest = Σ_h max_d pairs[d, h]
+        slowest = Σ_h max_d pairs[d, h]
     """
     return int(pairs.max(axis=0).sum())
 

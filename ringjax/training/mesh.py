@@ -1,7 +1,7 @@
 """The mesh `dp,fsdp,tp,sp`: four numbers, one of which may be -1 and takes the devices that are left.
 
-dp     copies of the model, each on other rows          fsdp   rows too, with the parameters cut over them
-tp     heads and feed-forward cut over devices           sp     the ring: the sequence cut over devices
+    dp     copies of the model, each on other rows          fsdp   rows too, with the parameters cut over them
+    tp     heads and feed-forward cut over devices           sp     the ring: the sequence cut over devices
 """
 
 import logging
