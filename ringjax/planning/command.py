@@ -92,16 +92,13 @@ def table(plans: list[StagePlan]) -> Table:
     for name in ("GiB", "fits", "step", "tokens/s", "MFU"):
         made.add_column(name, justify="right")
     made.add_column("most of it")
-    if any(plan.compiled for plan in plans):
-        for name in ("compiler GiB", "rotations", "compiled in"):
-            made.add_column(name, justify="right")
     for plan in plans:
         made.add_row(*_row(plan))
     return made
 
 
 def _row(plan: StagePlan) -> Iterable[str]:
-    training, said = plan.stage.training, plan.compiled
+    training = plan.stage.training
     yield plan.stage.name
     yield ",".join(map(str, plan.sizes)) + (f" {plan.stage.mesh.layout}" if plan.sizes[3] > 1 else "")
     yield f"{training.batch_size} × {length(training.seq_len)}"
@@ -112,16 +109,16 @@ def _row(plan: StagePlan) -> Iterable[str]:
     yield f"{plan.tokens / plan.time.seconds:,.0f}"
     yield f"{plan.time.mfu:.1%}"
     yield plan.bound
-    if said is not None:
-        yield f"{said.used / GIB:.2f}"
-        yield said.rotations
-        yield seconds(said.seconds)
 
 
 def _notes(plans: list[StagePlan], config: PlanConfig) -> Iterable[str]:
     for plan in plans:
         if why := plan.why_not():
             yield f"{plan.stage.name} does not fit: {why}"
+        if plan.compiled is not None and plan.compiled.fits:
+            said = plan.compiled
+            words = f"{said.used / GIB:.2f} of {said.limit / GIB:.2f} GiB on each device; rotations: {said.rotations}"
+            yield f"{plan.stage.name}: the compiler says {words}; compiled in {seconds(said.seconds)}"
         if plan.memory.host:
             yield f"{plan.stage.name} keeps {plan.memory.host / GIB:.1f} GiB a device in the host's memory"
         if plan.hop is not None:

@@ -60,7 +60,7 @@ def hop_of(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target)
     visible = 1.0 if stage.mesh.layout == "contiguous" else 0.5
     wide = 6.0 if model.dtype != "bfloat16" and device.platform == "tpu" else 1.0
     needed = traffic.hidden_from(
-        device.rates.attention[0] * device.flops / wide, target.link(_neighbours(sizes)), heads=model.heads,
+        device.rates.attention[0] * device.flops / wide, target.link(sp), heads=model.heads,
         kv_heads=model.key_heads, visible=visible, dtype=model.dtype,
     )  # fmt: skip
     return Hop(sent.kv, stage.training.seq_len / sp, needed)
@@ -101,11 +101,6 @@ def _traffic(stage: StageConfig, sizes: tuple[int, int, int, int]) -> traffic.Tr
         stage.mesh.layout, sp, training.seq_len, kv_heads=max(1, model.key_heads // tp), head_dim=model.head_size,
         batch=rows, dtype=model.dtype, window=model.window,
     )  # fmt: skip
-
-
-def _neighbours(sizes: tuple[int, int, int, int]) -> int:
-    """Devices that one ring along sp spans: sp is the innermost axis, tp the next."""
-    return sizes[3]
 
 
 def _attention(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target, attention: float) -> Sent:
