@@ -1,4 +1,4 @@
-"""The command line: `ringjax train`, `generate`, `chat`, `eval`, `convert`, `info`, `config show`, `tokenize`, `bench`.
+"""The command line: `ringjax train`, `plan`, `generate`, `chat`, `eval`, `convert`, `info`, `tokenize`, `bench`, ….
 
 Exit codes, for people and supervisors:
 
@@ -131,6 +131,24 @@ def _train(arguments: list[str]) -> int:
     from ringjax.training.loop import train
 
     train(config, open_start)
+    return OK
+
+
+def _plan(arguments: list[str]) -> int:
+    from ringjax.planning.command import PlanConfig, run_plan
+    from ringjax.training.load import load_config
+
+    names = [field.name for field in dataclasses.fields(PlanConfig)]
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+        print_help(PlanConfig(), "ringjax plan CONFIG", PlanConfig.__doc__)
+    positional, pairs = split_overrides(arguments, ["compile", "search"])
+    options = read_lists(PlanConfig, [(key, [value]) for key, value in pairs if key in names])
+    if len(positional) != 1:
+        raise UsageError(f"ringjax plan takes one CONFIG, not {len(positional)}: {' '.join(positional) or 'none'}")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a plan needs no accelerator, and takes none
+    run_plan(load_config(positional[0], [pair for pair in pairs if pair[0] not in names]), options)
     return OK
 
 
@@ -315,6 +333,9 @@ def _bench_train(arguments: list[str]) -> int:
 
 COMMANDS = {
     "train": Command(_train, "train CONFIG [--section.key value …]", "train, or go on where a run was stopped"),
+    "plan": Command(
+        _plan, "plan CONFIG --target h100:8 | tpu:v5p:4x8x8", "does it fit, how fast, which mesh; before it runs"
+    ),
     "config": Command(_config, "config show CONFIG [--section.key value …]", "the resolved config as YAML"),
     "tokenize": Command(
         _tokenize, "tokenize --inputs FILE … --output FOLDER", "text, pictures and clips to a data set"
