@@ -122,9 +122,9 @@ class Session:
         stops = frozenset(int(i) for i in stop_ids)
         most = min(max_new_tokens, self.capacity - len(self.ids) - (len(ids) - whole) + 1)
         seen = self._seen(ids[whole:]) if sampling.repetition_penalty != 1 else None
-        tokens = self._advance(ids[whole:], sampling, seen)
+        token = self._advance(ids[whole:], sampling, seen)
         self.ids += [int(i) for i in ids[whole:]]
-        yield from self._go_on(tokens, most, stops, sampling, seen)
+        yield from self._go_on(token, most, stops, sampling, seen)
 
     def adopt(
         self, ids: Sequence[int], cache: KVCache, token: jax.Array, *, max_new_tokens: int,
@@ -137,11 +137,12 @@ class Session:
         seen = self._seen([]) if sampling.repetition_penalty != 1 else None
         yield from self._go_on(token, most, frozenset(int(i) for i in stop_ids), sampling, seen)
 
-    def _go_on(self, tokens: jax.Array, most: int, stops: frozenset, sampling: Sampling, seen) -> Iterator[int]:
-        """`tokens` `[1, n]` and those after them."""
+    def _go_on(self, token: jax.Array, most: int, stops: frozenset, sampling: Sampling, seen) -> Iterator[int]:
+        """`token` `[1, 1]` and those after it."""
+        tokens = token
         while True:
             place, left = len(self.ids) + tokens.shape[1] - 1, most - tokens.shape[1]
-            more = functools.partial(self._write, tokens, place, sampling, seen)
+            more = functools.partial(self._write, token, place, sampling, seen)
             # From the device to the device: the next step does not wait for the host to see the tokens.
             ahead = more() if self._lead and left > 0 else None
             *read, last = np.asarray(tokens)[0].tolist()
@@ -155,7 +156,7 @@ class Session:
             most -= 1
             if last in stops or most == 0:
                 return
-            tokens, seen = more() if ahead is None else ahead
+            tokens, token, seen = more() if ahead is None else ahead
             self.ids.append(last)
 
     def _seen(self, more: Sequence[int]) -> jax.Array:
@@ -171,16 +172,16 @@ class Session:
                 " with --context, or begin anew"
             )
 
-    def _write(self, tokens: jax.Array, place: int, sampling: Sampling, seen: jax.Array | None):
-        """The tokens `[1, n]` after the last of `tokens`, which stands at `place`; and `seen` with what was read."""
+    def _write(self, token: jax.Array, place: int, sampling: Sampling, seen: jax.Array | None):
+        """The tokens `[1, n]` after `token`, which stands at `place`; the last of them; `seen` with what was read."""
         room = self._room - (place - self._dropped)
         count = self._burst if self._window is None and room >= self._burst else 1
         self._make_room(place, count)
         numbers = np.array([place, place - self._dropped], np.int32)
-        tokens, self._cache, seen = _burst(
-            self._shape, sampling, count, self._params, self._cache, tokens, numbers, seen
+        tokens, token, self._cache, seen = _burst(
+            self._shape, sampling, count, self._params, self._cache, token, numbers, seen
         )
-        return tokens, seen
+        return tokens, token, seen
 
     def _advance(self, ids: Sequence[int], sampling: Sampling, seen: jax.Array | None = None) -> jax.Array:
         """Reads tokens after `self.ids`, which it leaves to the caller; gives the next one, `[1, 1]`."""
@@ -283,9 +284,9 @@ def _prefill(shape: _Shape, sampling: Sampling, capacity: int, params, tokens, n
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 7))
-def _burst(shape: _Shape, sampling: Sampling, count: int, params, cache: KVCache, tokens, numbers, seen):
-    """`count` tokens `[1, count]` after the last of `tokens`, which stands at `place` and follows the `kept` ones in
-    the cache; the cache; and `seen` with the tokens that were read."""
+def _burst(shape: _Shape, sampling: Sampling, count: int, params, cache: KVCache, token, numbers, seen):
+    """`count` tokens `[1, count]` after `token` `[1, 1]`, which stands at `place` and follows the `kept` ones in the
+    cache; the last of them, for the next call; the cache; and `seen` with the tokens that were read."""
     model, (place, kept) = shape.model(params), numbers
 
     def write(index, state):
@@ -296,9 +297,9 @@ def _burst(shape: _Shape, sampling: Sampling, count: int, params, cache: KVCache
         token = _drawn(model, hidden[:, 0], place + index + 1, sampling, seen)
         return token, cache, seen, jax.lax.dynamic_update_slice(written, token, (0, index))
 
-    state = tokens[:, -1:], cache._replace(lengths=kept[None]), seen, jnp.zeros((1, count), jnp.int32)
-    _, cache, seen, written = jax.lax.fori_loop(0, count, write, state)
-    return written, cache, seen
+    state = token, cache._replace(lengths=kept[None]), seen, jnp.zeros((1, count), jnp.int32)
+    token, cache, seen, written = jax.lax.fori_loop(0, count, write, state)
+    return written, token, cache, seen
 
 
 def _drawn(model: Transformer, last, place, sampling: Sampling, seen) -> jax.Array:

@@ -7,6 +7,7 @@ import pytest
 
 from ringjax.attention.quantised import dequantise
 from ringjax.inference import generate_text, text_prompt
+from ringjax.inference import session as session_module
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.session import Session
 from ringjax.inference.streaming import stream_text
@@ -175,6 +176,16 @@ def test_going_on_and_going_back(model, expected):
     session.rewind(36)
     assert tokens(session, PROMPT[36:], sampling=drawn) == first
     assert tokens(Session(model, 64), sampling=Sampling(temperature=1.0, seed=6)) != first
+
+
+@pytest.mark.parametrize("axes, burst", [(None, 5), ((1, 1, 1, 4), 6)])
+def test_one_program_for_all_bursts(model, axes, burst):
+    """After the prompt and after another burst: each program takes seconds to compile."""
+    session = Session(model, 64, Parallel(None if axes is None else cases.mesh(*axes)))
+    session._lead, session._burst = 1, burst
+    before = session_module._burst._cache_size()
+    assert len(tokens(session, count=1 + 3 * burst)) == 1 + 3 * burst
+    assert session_module._burst._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("axes, ahead", [(None, 0), (None, 1), ((1, 1, 1, 4), 0)])
