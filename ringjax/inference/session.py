@@ -18,7 +18,7 @@ from flax import nnx
 
 from ringjax.attention import layouts
 from ringjax.attention.kernels.base import target
-from ringjax.inference.room import require_room
+from ringjax.inference.room import require_room, with_whole_weights
 from ringjax.inference.sampling import Sampling, sample
 from ringjax.models.cache import CacheType, KVCache, empty_cache, widen, without
 from ringjax.models.parallel import Parallel
@@ -67,11 +67,6 @@ class Session:
         self._vocab_size = model.config.vocab_size
         self._dropped = 0  # tokens that a window has left behind and the cache has no more
         self._lead, self._burst = (0, 1) if on_cpu else (1, BURST)
-        graph, params = nnx.split(for_decoding(model))
-        params = params if parallel.mesh is None else jax.device_put(params, parallel.param_shardings(params))
-        # As a list: to take hundreds of variables apart for every token takes longer than the token.
-        self._params, tree = jax.tree.flatten(params)
-        self._shape = _Shape(graph, tree, parallel, cache_type)
         # A longer shard keeps its tokens in place.
         self._movable = parallel.ring_size == 1 or parallel.layout == "striped"
         # One row cannot be shared out between groups of devices: there the first chunk is one like the others.
@@ -79,6 +74,13 @@ class Session:
         self._room = self._most_room(model.config)
         first = _rounded(FIRST_ROOM, ROOM_MULTIPLE * parallel.ring_size)
         most = self._room if self._movable else capacity
+        graph, params = nnx.split(for_decoding(model))
+        if parallel.mesh is not None:
+            parallel = with_whole_weights(params, model.config, most, parallel, cache_type)
+            params = jax.device_put(params, parallel.param_shardings(params))
+        # As a list: to take hundreds of variables apart for every token takes longer than the token.
+        self._params, tree = jax.tree.flatten(params)
+        self._shape = _Shape(graph, tree, parallel, cache_type)
         require_room(model.config, 1, most, parallel, option=option, cache_type=cache_type)
         self._cache = empty_cache(model.config, 1, min(most, first) if self._movable else most, parallel, cache_type)
 
