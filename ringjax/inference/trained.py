@@ -21,12 +21,10 @@ from ringjax.inference.pieces import Piece, Text
 from ringjax.inference.run_prompts import RunPrompts
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.stop_tokens import stop_token_ids
-from ringjax.interop.runs import load_run
+from ringjax.interop.runs import Checkpoint
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
 from ringjax.models.vqgan import VQGAN, decode_pictures, encode_pictures, load_vqgan
-from ringjax.training.load import load_config
-from ringjax.training.run_folder import own_tokenizer
 
 SAMPLE = "sample"
 _ONE_DEVICE = Parallel()
@@ -56,20 +54,17 @@ class TrainedRun:
         cls,
         run_dir: str | Path,
         *,
+        stage: str | None = None,
         parallel: Parallel = _ONE_DEVICE,
         image_tokenizer: str | None = None,
         prompt_form: PromptForm = "own",
     ) -> "TrainedRun":
-        """The last whole checkpoint of a run.
+        """The last whole checkpoint of a run, or of its `stage`.
 
         Raises CheckpointError where there is none, FileNotFoundError where there is no such folder.
         """
-        run_dir = Path(run_dir)
-        if not (run_dir / "config.yaml").is_file():
-            raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.yaml; train first (ringjax train)")
-        config = load_config(run_dir / "config.yaml")
-        _, model = load_run(run_dir, parallel=parallel)
-        return cls(model, own_tokenizer(run_dir, config.stage_list[-1].data), parallel, image_tokenizer, prompt_form)
+        found = Checkpoint.find(run_dir, stage)
+        return cls(found.load(parallel=parallel), found.data, parallel, image_tokenizer, prompt_form)
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
