@@ -47,6 +47,8 @@ def _see(config: GenerateConfig, write: Write) -> None:
     unused = "draw", "interleaved", "image_tokenizer", "max_frames", "fit", "stop", "stop_tokens", "cache"
     _refuse(config, unused, away)
     _refuse(config, _OF_STREAMS, "is no LWM stream and has its own")
+    _refuse(config, ("stage",), "is no run, which has stages")
+    _refuse(config, ("adapter",), "is a LLaVA; adapters are for models of text")
     if config.prompt_form != "own" or config.repetition_penalty != 1:
         name = "prompt_form" if config.prompt_form != "own" else "repetition_penalty"
         raise NotImplementedError(f"--{name} {getattr(config, name)}: {config.run_dir} {away}; leave it out")
@@ -73,12 +75,14 @@ def _run(config: GenerateConfig, write: Write) -> None:
     options = dict(
         image_tokenizer=config.image_tokenizer, prompt_form=config.prompt_form, parallel=config.parallel()
     )  # fmt: skip
+    _refuse(config, ("adapter",), "is no published model of text; a run of adapters knows its own")
     if Path(config.run_dir).suffix == SUFFIX:
+        _refuse(config, ("stage",), "is no run, which has stages")
         stream = dict(tokenizer=config.tokenizer, rope_theta=config.rope_theta, heads=config.heads)
         run = load_stream(config.run_dir, **stream, **options)
     else:
         _refuse(config, _OF_STREAMS, "is no LWM stream and has its own")
-        run = TrainedRun.load(config.run_dir, **options)
+        run = TrainedRun.load(config.run_dir, stage=config.stage, **options)
     task = _draw if config.draw is not None else _interleave if config.interleaved else _answer
     task(run, config, write)
 
@@ -90,8 +94,10 @@ def _continue(config: GenerateConfig, write: Write) -> None:
     away = "is a model of text; pictures need a LLaVA, or a run of `ringjax train` or LWM stream that knows them"
     _refuse(config, ("image", "draw", "interleaved", "image_tokenizer"), away)
     _refuse(config, _OF_STREAMS, "is no LWM stream and has its own")
+    _refuse(config, ("stage",), "is no run, which has stages")
     prompt, lwm = config.text(), config.prompt_form == "lwm"
-    model = TextModel.load(config.run_dir, parallel=config.parallel(), template="lwm" if lwm else None)
+    options = dict(template="lwm" if lwm else None, adapter=config.adapter)
+    model = TextModel.load(config.run_dir, parallel=config.parallel(), **options)
     ids = model.chat_ids([{"role": "user", "content": prompt}]) if lwm else model.vocabulary.prompt(prompt)
     if not ids:
         raise ValueError("the prompt has no tokens; give some words")

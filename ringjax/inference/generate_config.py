@@ -71,6 +71,10 @@ class GenerateConfig(OnMesh):
     """How a picture becomes square: its middle (crop), padded, or left at its size (centre, no larger than the
     tokenizer's); null: crop, but centre for the digits' own tokenizer."""
 
+    stage: str | None = None
+    """Runs: the stage whose last checkpoint writes; null: the last."""
+    adapter: str | None = None
+    """Published models of text: a folder with a LoRA adapter in PEFT's form, merged into the model; null: none."""
     tokenizer: str | None = None
     """LWM streams, which have none: LLaMA's tokenizer.model, or a tokenizer.json."""
     rope_theta: float | None = None

@@ -23,13 +23,11 @@ from ringjax.inference.run_prompts import RunPrompts
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.stop_tokens import stop_token_ids
 from ringjax.interop.release import is_release, load_release
-from ringjax.interop.runs import load_run
+from ringjax.interop.runs import Checkpoint
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
 from ringjax.models.vqgan import VQGAN, decode_pictures, encode_pictures, load_vqgan, vqgan_fingerprint
-from ringjax.training.checkpoint import read_notes
-from ringjax.training.load import load_config
-from ringjax.training.run_folder import CODES_OF, own_tokenizer
+from ringjax.training.run_folder import CODES_OF
 
 _ONE_DEVICE = Parallel()
 _LIKELIEST = Sampling(temperature=0)
@@ -60,24 +58,24 @@ class TrainedRun:
         cls,
         run_dir: str | Path,
         *,
+        stage: str | None = None,
         parallel: Parallel = _ONE_DEVICE,
         image_tokenizer: str | None = None,
         prompt_form: PromptForm = "own",
     ) -> "TrainedRun":
-        """The last whole checkpoint of a run, or a released model (`ringjax.interop.release`).
+        """The last whole checkpoint of a run, or of its `stage`; or a released model (`ringjax.interop.release`).
 
-        Raises CheckpointError where there is none, FileNotFoundError where there is no such folder.
+        Raises CheckpointError where there is none, FileNotFoundError where there is no such folder, ValueError for a
+        stage of a released model.
         """
         if is_release(run_dir):
+            if stage is not None:
+                raise ValueError(f"stage {stage!r} is for a run, and {run_dir} is a released model; leave it out")
             released = load_release(run_dir, parallel)
             return cls(released.model, released.data, parallel, image_tokenizer, prompt_form, released.codes_of)
-        run_dir = Path(run_dir)
-        if not (run_dir / "config.yaml").is_file():
-            raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.yaml; train first (ringjax train)")
-        config = load_config(run_dir / "config.yaml")
-        _, model = load_run(run_dir, parallel=parallel)
-        data = own_tokenizer(run_dir, config.stage_list[-1].data)
-        return cls(model, data, parallel, image_tokenizer, prompt_form, read_notes(run_dir).get(CODES_OF))
+        found = Checkpoint.find(run_dir, stage)
+        codes_of = found.info.get("notes", {}).get(CODES_OF)
+        return cls(found.load(parallel=parallel), found.data, parallel, image_tokenizer, prompt_form, codes_of)
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
