@@ -212,4 +212,5 @@ def _read_run(config: ConvertConfig, folder: Path) -> _Source:
         )
     found = Checkpoint.find(folder, config.stage)
     tokenizer = Path(found.data.tokenizer)
-    return _Source(found.load(), found.stage.training.seq_len, tokenizer if tokenizer.exists() else None)
+    model = found.load(dataclasses.replace(found.config, param_dtype=config.dtype))
+    return _Source(model, found.stage.training.seq_len, tokenizer if tokenizer.exists() else None)

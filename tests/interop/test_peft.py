@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -164,3 +165,27 @@ def test_a_layer_that_nobody_else_has_is_not_written(tmp_path):
     model = lora.with_adapters(cases.model(cases.changed(qkv_bias=False)), made, nnx.Rngs(0))
     with pytest.raises(NotImplementedError, match="vision_head.low_rank.*PEFT can't name it"):
         save_adapter(model, made, tmp_path / "adapter", base="x")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers by names that are on their way out
+def test_peft_itself_gives_the_same_logits(folder, tmp_path):
+    """What is written here, loaded by PEFT on transformers' model: adapters on all layers, and the norms."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = open_model(folder).description.config
+    made = LoraConfig(RANK, ALPHA, targets=("w?", "lm_head"), also=("norms",), rank_stabilised=True)
+    base = load_hf(folder)
+    model = lora.with_adapters(base, made, nnx.Rngs(params=1))
+    graph, state = nnx.split(model)
+    rng = np.random.default_rng(2)
+    trained, frozen = lora.split_trained(state, made)
+    noise = lambda x: x + jnp.asarray(0.2 * rng.standard_normal(x.shape), jnp.float32)  # noqa: E731
+    model = nnx.merge(graph, lora.joined(jax.tree.map(noise, trained), frozen))
+    path = save_adapter(model, made, tmp_path / "adapter", base=str(folder), base_config=config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, path).eval()
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(families.tokens(), dtype=torch.long)).logits.numpy()
+    assert np.abs(wanted - logits(base)).max() > 1
+    np.testing.assert_allclose(logits(model), wanted, atol=2e-4)
