@@ -219,8 +219,13 @@ def _eval(arguments: list[str]) -> int:
     usage = (
         "usage: ringjax eval needle MODEL [--lengths T …] [--depths P …] [--method M …] …\n"
         "       ringjax eval ruler MODEL [--tasks NAME …] …\n"
-        "       ringjax eval perplexity MODEL [--lengths T …] …\n\n"
-        "Does a model read its context? --help after any of them lists its options."
+        "       ringjax eval perplexity MODEL [--lengths T …] …\n"
+        "       ringjax eval captions RUN [--data HELDOUT.jsonl] …\n"
+        "       ringjax eval drawings RUN [--data HELDOUT.jsonl] [--judge RUN] …\n"
+        "       ringjax eval gallery RUN [--data HELDOUT.jsonl] [--output NAME.png] …\n"
+        "       ringjax eval video_needle RUN --data HELDOUT.jsonl [--lengths T …] …\n\n"
+        "Does a model read its context? Does it know what it sees, and can it draw? --help after any of them lists its"
+        " options."
     )
     if (code := _which("evaluation", KINDS, usage, arguments)) is not None:
         return code
@@ -324,7 +329,9 @@ COMMANDS = {
     ),
     "chat": Command(_chat, "chat MODEL", "talk to a published model"),
     "eval": Command(
-        _eval, "eval needle | ruler | perplexity MODEL", "does a model read its context? table, pictures, report"
+        _eval,
+        "eval needle | ruler | perplexity | captions | drawings | gallery | video_needle MODEL",
+        "does a model read its context, see and draw? table, pictures, report",
     ),
     "convert": Command(_convert, "convert SOURCE TARGET", "weights of other projects, in and out"),
     "bench": Command(

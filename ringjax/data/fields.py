@@ -219,15 +219,18 @@ class FieldEncoder:
         builder.text(self.tokenizer.encode(self.separator.join(texts)), field.loss)
 
     def _append_vision(self, builder: "_Builder", value: object, loss: bool, place: str) -> None:
-        frames = self._frames(value, place)
+        frames = self.frames(value, place)
         ends = np.full((len(frames), 1), self.vision_codes, np.int32)
         ends[-1] += 1
         builder.text(self.tokenizer.marker(VISION_START), loss)
         builder.vision(np.concatenate([frames, ends], axis=1).ravel(), loss)
         builder.text(self.tokenizer.marker(VISION_END), loss)
 
-    def _frames(self, value: object, place: str) -> np.ndarray:
-        """`[frames, codes_per_frame]` int32, checked; at most `max_frames` of them, evenly spread."""
+    def frames(self, value: object, place: str) -> np.ndarray:
+        """The value of a vision field as `[frames, codes_per_frame]` int32; at most `max_frames`, evenly spread.
+
+        Raises DataError, which begins with `place`, for what are no codes of whole frames.
+        """
         codes = _codes(value, place)
         if len(codes) == 0 or len(codes) % self.codes_per_frame:
             raise DataError(
