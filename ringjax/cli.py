@@ -325,10 +325,15 @@ def _bench_train(arguments: list[str]) -> int:
     from ringjax.training.load import load_config
 
     overrides = [(key, value) for key, value in pairs if not key.startswith("bench.")]
-    run = load_config(positional[0], overrides, open_start)
+    from ringjax.benchmarks.compare import combinations, label
+
+    runs = [
+        (label(variant), load_config(positional[0], [*overrides, *variant], open_start))
+        for variant in combinations(config.compare)
+    ]
     from ringjax.benchmarks.command import bench_train
 
-    return OK if bench_train(run, config, ["bench", "train", *arguments]) else FAILED
+    return OK if bench_train(runs, config, ["bench", "train", *arguments]) else FAILED
 
 
 COMMANDS = {

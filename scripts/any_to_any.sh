@@ -13,10 +13,11 @@
 #   data/NAME/…                   tokenized: pictures, clips, turns, long videos, prose, and what is held out
 #   runs/NAME                     the model
 #   runs/NAME/released            --small: the folder that `ringjax generate` takes, and the package ships
+#   runs/NAME/gallery.png …       held-out captions recognised and drawn, a gallery, a needle in a video, perplexity
 #
 # RINGJAX is the command (ringjax), PYTHON its interpreter (python), VARIANTS how differently a picture is seen (16).
 set -euo pipefail
-if [ $# -lt 2 ]; then sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 2; fi
+if [ $# -lt 2 ]; then sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2; fi
 ringjax=${RINGJAX:-ringjax} python=${PYTHON:-python}
 given=$(realpath "$1") small='' name=any_to_any vqgan=vqgan_128 variants=${VARIANTS:-16}
 if [ "$2" = --small ]; then
@@ -98,9 +99,28 @@ if [ -n "$commands" ]; then
     "$python" scripts/tokenize_all.py <<<"$commands"
 fi
 
-say "training $config"
+run=runs/$name
+for ((i = 1; i < $#; i++)); do
+    [ "${!i}" = --run_dir ] && j=$((i + 1)) && run=${!j}
+done
+say "training $config in $run"
 "$ringjax" train "$config" "$@"
-if [ -n "$small" ] && [ ! -d "runs/$name/released" ] && [ -d "runs/$name/checkpoints" ]; then
-    "$ringjax" convert "runs/$name" "runs/$name/released"
+if [ -n "$small" ] && [ ! -d "$run/released" ]; then
+    "$ringjax" convert "$run" "$run/released"
 fi
-say "done"
+
+say "asking it about what it has never seen"
+unseen=("$run" --data "$images" "$videos" --split heldout)
+"$ringjax" eval captions "${unseen[@]}" --output "$run/captions"
+"$ringjax" eval drawings "${unseen[@]}" --count "${DRAWINGS:-100}" --output "$run/drawings"
+"$ringjax" eval gallery "${unseen[@]}" --output "$run/gallery.png"
+if [ -z "$small" ]; then
+    "$ringjax" eval video_needle "$run" --data "$videos" --split heldout --haystack "$videos" --haystack_split train \
+        --lengths 8192 32768 --choices 8 --output "$run/video_needle"
+    for which in before after; do
+        [ "$which" = before ] && asked=$tokenizer || asked=$run
+        "$ringjax" eval perplexity "$asked" --haystack "$out/heldout_prose.jsonl" --repeat_haystack true --lengths 2048 \
+            --output "$run/perplexity_$which"
+    done
+fi
+say "done: $run/gallery.png, and report.html in $run/captions and beside it"

@@ -15,13 +15,23 @@ import numpy as np
 from ringjax.data.example import Example
 from ringjax.data.tokenizers import VISION_START, TextTokenizer
 
-# Keeps the draws apart from those of the order in which examples are read.
-_STREAM = 0xD209
+_MASK = 2**64 - 1
 
 
 def is_dropped(rate: float, seed: int, source: int, index: int) -> bool:
     """Whether example `index` of a source's stream loses its caption, if it has one."""
-    return bool(rate) and np.random.default_rng((seed, source, index, _STREAM)).random() < rate
+    return bool(rate) and _mixed(_mixed(_mixed(seed) ^ source) ^ index) < rate * 2**64
+
+
+def _mixed(x: int) -> int:
+    """SplitMix64 (Steele et al. 2014): a number of 64 bits, each of which depends on all of `x`.
+
+    Asked for every example: a NumPy generator takes ten times as long to make.
+    """
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Stream:
 
     def reading_order(self, index: int, pieces: int) -> Sequence[int]:
         """In which order the pieces are read: shuffled, so that lanes that read one book are not at one place."""
-        if self._seed is None:
+        if self._seed is None or pieces == 1:
             return range(pieces)
         return np.random.default_rng((self._seed, self._number, index)).permutation(pieces)
 

@@ -88,7 +88,8 @@ def save_release(found: Checkpoint, target: str | Path, *, dtype: str = "bfloat1
         shutil.copyfile(vision_tokenizer_path(data.vision_tokenizer), unfinished / VISION_TOKENIZER)
         save_file(tensors, unfinished / WEIGHTS)
         (unfinished / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        unfinished.chmod(0o755)
+        for path, mode in ((unfinished, 0o755), (unfinished / WEIGHTS, 0o644)):
+            path.chmod(mode)  # temporary ones are private
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
