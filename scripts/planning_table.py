@@ -90,8 +90,14 @@ def row(name: str, plan: StagePlan, said: Compiled | None) -> str:
     if said is None:
         cells += ["", "", f"{total / usable:.0%}", "", ""]
     elif said.fits:
-        off = f"{total / said.used - 1:+.1%}"
-        cells += [f"{said.used / GIB:.2f}", off, f"{said.used / usable:.0%}", said.rotations, f"{said.seconds:.0f} s"]
+        off = "" if said.at_most else f"{total / said.used - 1:+.1%}"
+        cells += [
+            f"{'at most ' if said.at_most else ''}{said.used / GIB:.2f}",
+            off,
+            f"{said.used / usable:.0%}",
+            said.rotations,
+            f"{said.seconds:.0f} s",
+        ]
     else:
         cells += [f"does not fit: {said.used / GIB:.2f}", "", f"{said.used / usable:.0%}", "", f"{said.seconds:.0f} s"]
     return f"| {' | '.join(cells)} |"

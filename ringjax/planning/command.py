@@ -117,7 +117,10 @@ def _notes(plans: list[StagePlan], config: PlanConfig) -> Iterable[str]:
             yield f"{plan.stage.name} does not fit: {why}"
         if plan.compiled is not None and plan.compiled.fits:
             said = plan.compiled
-            words = f"{said.used / GIB:.2f} of {said.limit / GIB:.2f} GiB on each device; rotations: {said.rotations}"
+            most = "at most " if said.at_most else ""
+            words = (
+                f"{most}{said.used / GIB:.2f} of {said.limit / GIB:.2f} GiB on each device; rotations: {said.rotations}"
+            )
             yield f"{plan.stage.name}: the compiler says {words}; compiled in {seconds(said.seconds)}"
         if plan.memory.host:
             yield f"{plan.stage.name} keeps {plan.memory.host / GIB:.1f} GiB a device in the host's memory"

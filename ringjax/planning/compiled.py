@@ -40,6 +40,8 @@ class Compiled:
     hidden: int = 0
     exposed: int = 0
     problem: str | None = None
+    at_most: bool = False
+    """Whether `used` is a bound: what is offloaded to the host hides the device's own peak."""
 
     @property
     def fits(self) -> bool:
@@ -76,15 +78,21 @@ def compile_stage(stage: StageConfig, target: Target) -> Compiled:
     transfers = [x for x in hlo.Program(step.as_text()).transfers() if ROTATION in x.scope]
     hidden = sum(transfer.times for transfer in transfers if transfer.hidden)
     total = sum(transfer.times for transfer in transfers)
-    return Compiled(seconds, peak(stats), target.device.usable, stats.argument_size_in_bytes, hidden, total - hidden)
+    return Compiled(
+        seconds, peak(stats), target.device.usable, stats.argument_size_in_bytes, hidden, total - hidden,
+        at_most=stats.host_temp_size_in_bytes > 0,
+    )  # fmt: skip
 
 
 def peak(stats) -> float:
     """Bytes at the fullest moment, arguments included.
 
     `temp_size_in_bytes` is more: it adds up what is there at different times. A step of which that alone exceeded a
-    chip's memory compiled for it (docs/results/planning.md).
+    chip's memory compiled for it (docs/results/planning.md). The peak counts the host's memory too, so where something
+    lies there that sum has to do, as a bound.
     """
+    if stats.host_temp_size_in_bytes:
+        return float(stats.argument_size_in_bytes + stats.temp_size_in_bytes)
     return float(stats.peak_memory_in_bytes)
 
 

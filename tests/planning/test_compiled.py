@@ -1,5 +1,7 @@
 """What the compiler says, where it is asked: figures of programs that fit, and of those that do not."""
 
+import types
+
 import pytest
 
 from ringjax.planning import compiled, memory
@@ -59,3 +61,10 @@ def test_a_step_that_does_not_fit():
     pytest.importorskip("libtpu", reason="libtpu is not installed (the extra 'tpu')")
     said = compiled.compile_stage(small("1,1,1,4", 2**25), Target.parse("tpu:v5e:2x2"))
     assert not said.fits and said.used > said.limit == 15.75 * 2**30
+
+
+def test_what_lies_in_the_host_s_memory_is_no_device_s_peak():
+    """libtpu's peak counts both: of 7B's offloaded step at 1M tokens it says 68 GiB for chips of 31."""
+    sizes = dict(argument_size_in_bytes=330679296, temp_size_in_bytes=26394470400, peak_memory_in_bytes=73412365824)
+    assert compiled.peak(types.SimpleNamespace(host_temp_size_in_bytes=73081552896, **sizes)) == 330679296 + 26394470400
+    assert compiled.peak(types.SimpleNamespace(host_temp_size_in_bytes=0, **sizes)) == 73412365824
