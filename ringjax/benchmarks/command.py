@@ -88,6 +88,7 @@ def bench_generate(config: GenerateBench, arguments: list[str]) -> bool:
     folder = Path(config.output) if config.output else None
     results: list[generate.Result] = []
     splits: list[generate.Split] = []
+    profiles: list[generate.TokenProfile] = []
     copied = generate.copy_bandwidth() if about["platform"] == "gpu" else None
     if copied:
         say(f"a plain copy reads and writes {copied / 1e12:.2f} TB/s")
@@ -97,6 +98,7 @@ def bench_generate(config: GenerateBench, arguments: list[str]) -> bool:
             return
         plain = {"environment": about, "copy_bandwidth": copied, "peers": peers}
         plain |= {"results": [r.plain() for r in results], "splits": [s.plain() for s in splits]}
+        plain["profiles"] = [p.plain() for p in profiles]
         table.write_results(folder, "results.json", plain)
 
     def done(result: generate.Result) -> None:
@@ -109,13 +111,20 @@ def bench_generate(config: GenerateBench, arguments: list[str]) -> bool:
         say("  " + "  ".join(pages.split_cells(split)))
         write()
 
+    def profile_seen(profile: generate.TokenProfile) -> None:
+        profiles.append(profile)
+        say("\n".join(["", *pages.profile_lines(profile)]))
+        write()
+
     generate.run_splits(config, split_done)
-    generate.run_generate(config, done, say)
+    generate.run_generate(config, done, profile_seen, say)
     body = table.markdown_table(pages.COLUMNS, [pages.cells(result, peers) for result in results])
     if splits:
         body += ["", *table.markdown_table(pages.SPLIT_COLUMNS, [pages.split_cells(split) for split in splits])]
     if copied:
         body += ["", f"A plain copy reads and writes {copied / 1e12:.2f} TB/s on this device."]
+    for profile in profiles:
+        body += ["", *pages.profile_lines(profile)]
     if folder is not None:
         table.write_results(folder, "results.md", table.page("Generation", about, body))
         if splits:

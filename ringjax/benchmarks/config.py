@@ -169,6 +169,10 @@ class GenerateBench:
     """Of weights, cache and products."""
     simulated_devices: int = 0
     """CPU devices to simulate where there is no accelerator, 0: none."""
+    profile: str | None = None
+    """A folder for a profile of the tokens after the shortest of the contexts, for each model."""
+    top: int = 12
+    """Kernels that the profile's table lists."""
     output: str | None = None
     """A folder for results.json, results.md and plots."""
     seed: int = 0
@@ -179,7 +183,7 @@ class GenerateBench:
             _require(len(getattr(self, name)) > 0, f"{name} is empty; give at least one")
         for size in self.sizes:
             get_size(size)
-        _at_least(self, new_tokens=2, repeats=1, simulated_devices=0, seed=0)
+        _at_least(self, new_tokens=2, repeats=1, top=1, simulated_devices=0, seed=0)
         _require(self.chunk is None or self.chunk >= 1, f"chunk is {self.chunk}; it must be at least 1, or null")
         for name in ("prefill", "contexts", "splits"):
             least = min(getattr(self, name), default=2)

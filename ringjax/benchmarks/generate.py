@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,8 +24,9 @@ from ringjax.attention.decode import decode_attention
 from ringjax.attention.kernels import mosaic, reference
 from ringjax.benchmarks.config import GenerateBench
 from ringjax.benchmarks.memory import peak_bytes
+from ringjax.benchmarks.profile import Profile, profiled
 from ringjax.inference.sampling import Sampling
-from ringjax.inference.session import Session
+from ringjax.inference.session import BURST, Session
 from ringjax.models.config import ModelConfig
 from ringjax.models.parallel import Parallel
 from ringjax.models.sizes import get_size
@@ -64,18 +66,38 @@ class Result:
         return {**dataclasses.asdict(self), "median": self.median, "share": self.share}
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenProfile:
+    """Where the time of a token after `context` goes; every figure of the profile is a token's."""
+
+    size: str
+    context: int
+    profile: Profile
+
+    def plain(self) -> dict[str, Any]:
+        return {"size": self.size, "context": self.context, **self.profile.plain()}
+
+
 def model_config(size: str, dtype: str) -> ModelConfig:
     """The text model of a size."""
     return dataclasses.replace(get_size(size), dtype=dtype, param_dtype=dtype, vision_vocab_size=0)
 
 
-def run_generate(config: GenerateBench, done: Callable[[Result], None], say: Callable[[str], None]) -> None:
-    """Each result to `done` as it comes."""
+def run_generate(
+    config: GenerateBench, done: Callable[[Result], None], seen: Callable[[TokenProfile], None],
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Each result to `done` as it comes, each profile to `seen`."""
     for size in config.sizes:
-        _one_model(config, size, done, say)
+        session = _one_model(config, size, done)
+        if config.profile:
+            found = _profile(session, min(config.contexts), Path(config.profile, size), config.top, say)
+            if found is not None:
+                seen(TokenProfile(size, min(config.contexts), found))
+        del session  # its memory serves the next model
 
 
-def _one_model(config: GenerateBench, size: str, done, say) -> None:
+def _one_model(config: GenerateBench, size: str, done: Callable[[Result], None]) -> Session:
     shape = model_config(size, config.dtype)
     devices = jax.devices()
     mesh = Mesh(np.array(devices), ("sp",), axis_types=(AxisType.Auto,))
@@ -111,6 +133,14 @@ def _one_model(config: GenerateBench, size: str, done, say) -> None:
     for context in sorted(config.contexts, reverse=True):
         _write(session, context, config.new_tokens)
         done(result("token", context, [_write(session, context, config.new_tokens) for _ in range(config.repeats)]))
+    return session
+
+
+def _profile(session: Session, context: int, folder: Path, top: int, say: Callable[[str], None]) -> Profile | None:
+    """Of one token that is read and two bursts of tokens: every figure is divided by their number."""
+    count = min(2 * BURST, session.capacity - context) + 1
+    _write(session, context, count)
+    return profiled(folder, lambda: _write(session, context, count), "", say, top=top, calls=count)
 
 
 def _read(session: Session, ids: list[int]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ringjax.benchmarks.generate import Result, Split
+from ringjax.benchmarks.generate import Result, Split, TokenProfile
 from ringjax.benchmarks.memory import gib
 
 COLUMNS = (
@@ -37,6 +37,11 @@ def split_cells(split: Split) -> list[str]:
 
 
 SPLIT_COLUMNS = "model", "context", "split", "one block a head", "XLA's products", "error"
+
+
+def profile_lines(found: TokenProfile) -> list[str]:
+    """Where a token's time goes, as Markdown."""
+    return [f"## {found.size}: where a token's time goes after {found.context}", "", *found.profile.lines()]
 
 
 def plot_splits(splits: Sequence[Split], path: Path, title: str) -> None:

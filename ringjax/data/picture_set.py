@@ -63,8 +63,8 @@ class LeftOut:
         self._stop = on_error == "stop"
         self.reasons: dict[str, str] = {}
 
-    def add(self, place: str, path: Path, error: Exception) -> None:
-        """Note a file; raises DataError that names line and file where the run shall stop."""
+    def add(self, place: str, path: str | Path, error: Exception) -> None:
+        """Note a file, or a line that names none; raises DataError that names both where the run shall stop."""
         if self._stop:
             raise DataError(f"{place}: {error} (data.on_error skip leaves such files out and names them)") from None
         self.reasons.setdefault(str(path), " ".join(str(error).split()))
@@ -84,16 +84,20 @@ def list_files(path: str | Path, side: Side, heldout_share: float, left_out: Lef
     Raises:
         FileNotFoundError: there is no such captions.jsonl.
         DataError: a line has no `file`, or names one that cannot be used while `left_out` says stop.
-        ValueError: no file is left.
     """
-    rows = JsonLines(path)
-    named = [(rows.place(i), *_file_and_caption(rows, i)) for i in range(len(rows))]
-    chosen = [(place, Path(path).parent / file) for place, file, caption in named
-              if side_of(caption, heldout_share) == side]  # fmt: skip
-    counts = in_threads(lambda item: _or_error(count_frames, item[1]), chosen)
+    rows, chosen = JsonLines(path), []
+    for i in range(len(rows)):
+        try:
+            file, caption = _file_and_caption(rows, i)
+        except DataError as error:
+            left_out.add(rows.place(i), rows.place(i), error)
+            continue
+        if side_of(caption, heldout_share) == side:
+            chosen.append((rows.place(i), Path(path).parent / file))
+    counts = in_threads(lambda item: _count_or_error(item[1]), chosen)
     files = []
     for (place, file), count in zip(chosen, counts):
-        if isinstance(count, Exception):
+        if isinstance(count, DataError):
             left_out.add(place, file, count)
         else:
             files.append(PictureFile(file, place, count))
@@ -108,9 +112,9 @@ def _file_and_caption(rows: JsonLines, index: int) -> tuple[str, str]:
     return file, caption if isinstance(caption, str) and caption.strip() else file
 
 
-def _or_error(function: Callable, *arguments):
+def _count_or_error(file: Path) -> int | DataError:
     try:
-        return function(*arguments)
+        return count_frames(file)
     except DataError as error:
         return error
 
@@ -166,19 +170,24 @@ class DecodedSet(PictureSet):
     """The same, decoded once: files that cannot be decoded have no rows."""
 
     def _index(self) -> None:
-        decoded = in_threads(self._decode, self.files)
-        good = [(file, frames) for file, frames in zip(self.files, decoded) if frames is not None]
-        self.files = [file._replace(frames=len(frames)) for file, frames in good]
         super()._index()
-        empty = np.zeros((0, *self.form.shape), np.uint8)
-        self._pictures = np.concatenate([frames for _, frames in good]) if good else empty
+        self._pictures = np.empty((len(self), *self.form.shape), np.uint8)
+        good = in_threads(self._decode, range(len(self.files)))
+        if all(good):
+            return
+        self._pictures = self._pictures[np.repeat(good, [file.frames for file in self.files])]
+        self.files = [file for file, is_good in zip(self.files, good) if is_good]
+        super()._index()
 
-    def _decode(self, file: PictureFile) -> np.ndarray | None:
-        frames = _or_error(self.form.frames, file.path)
-        if isinstance(frames, Exception):
-            self._left_out.add(file.place, file.path, frames)
-            return None
-        return frames
+    def _decode(self, index: int) -> bool:
+        """Fill in the frames of a file; whether they could be read."""
+        file, end = self.files[index], self._ends[index]
+        try:
+            self._pictures[end - file.frames : end] = self.form.frames(file.path)
+        except DataError as error:
+            self._left_out.add(file.place, file.path, error)
+            return False
+        return True
 
     def __getitem__(self, rows: Sequence[int]) -> UInt8[np.ndarray, "n R R C"]:
         return self._pictures[np.asarray(rows, np.int64)]

@@ -1,9 +1,10 @@
 """Whether a cache fits into memory, said before it is allocated, and what would fit."""
 
+import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
@@ -81,6 +82,21 @@ def require_room(
         f" {_size(memory.used)} are in use (the weights among them); {fits} tokens would fit: ask for less with"
         f" {option}, or cut the cache over more devices"
     )
+
+
+def with_whole_weights(
+    params: Any, config: ModelConfig, tokens: int, parallel: Parallel, cache_type: CacheType | None = None
+) -> Parallel:
+    """`parallel` with the weights whole along the ring, where they fit beside a cache of so many tokens: cut over it,
+    all of them cross the devices for every token."""
+    memory = memory_now(parallel) if parallel.ring_size > 1 else None
+    if memory is None:
+        return parallel
+    whole = dataclasses.replace(parallel, cut_weights=False)
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(whole.param_shardings(params)))
+    weights = sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in leaves)
+    taken = weights + cache_bytes(config, 1, tokens, parallel, cache_type)
+    return whole if taken <= memory.free else parallel
 
 
 def comfortable(config: ModelConfig, parallel: Parallel, cache_type: CacheType | None = None) -> int | None:

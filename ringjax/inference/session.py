@@ -18,7 +18,7 @@ from flax import nnx
 
 from ringjax.attention import layouts
 from ringjax.attention.kernels.base import target
-from ringjax.inference.room import require_room
+from ringjax.inference.room import require_room, with_whole_weights
 from ringjax.inference.sampling import Sampling, sample
 from ringjax.models.cache import CacheType, KVCache, empty_cache, widen, without
 from ringjax.models.parallel import Parallel
@@ -67,11 +67,6 @@ class Session:
         self._vocab_size = model.config.vocab_size
         self._dropped = 0  # tokens that a window has left behind and the cache has no more
         self._lead, self._burst = (0, 1) if on_cpu else (1, BURST)
-        graph, params = nnx.split(for_decoding(model))
-        params = params if parallel.mesh is None else jax.device_put(params, parallel.param_shardings(params))
-        # As a list: to take hundreds of variables apart for every token takes longer than the token.
-        self._params, tree = jax.tree.flatten(params)
-        self._shape = _Shape(graph, tree, parallel, cache_type)
         # A longer shard keeps its tokens in place.
         self._movable = parallel.ring_size == 1 or parallel.layout == "striped"
         # One row cannot be shared out between groups of devices: there the first chunk is one like the others.
@@ -79,6 +74,13 @@ class Session:
         self._room = self._most_room(model.config)
         first = _rounded(FIRST_ROOM, ROOM_MULTIPLE * parallel.ring_size)
         most = self._room if self._movable else capacity
+        graph, params = nnx.split(for_decoding(model))
+        if parallel.mesh is not None:
+            parallel = with_whole_weights(params, model.config, most, parallel, cache_type)
+            params = jax.device_put(params, parallel.param_shardings(params))
+        # As a list: to take hundreds of variables apart for every token takes longer than the token.
+        self._params, tree = jax.tree.flatten(params)
+        self._shape = _Shape(graph, tree, parallel, cache_type)
         require_room(model.config, 1, most, parallel, option=option, cache_type=cache_type)
         self._cache = empty_cache(model.config, 1, min(most, first) if self._movable else most, parallel, cache_type)
 
@@ -122,9 +124,9 @@ class Session:
         stops = frozenset(int(i) for i in stop_ids)
         most = min(max_new_tokens, self.capacity - len(self.ids) - (len(ids) - whole) + 1)
         seen = self._seen(ids[whole:]) if sampling.repetition_penalty != 1 else None
-        tokens = self._advance(ids[whole:], sampling, seen)
+        token = self._advance(ids[whole:], sampling, seen)
         self.ids += [int(i) for i in ids[whole:]]
-        yield from self._go_on(tokens, most, stops, sampling, seen)
+        yield from self._go_on(token, most, stops, sampling, seen)
 
     def adopt(
         self, ids: Sequence[int], cache: KVCache, token: jax.Array, *, max_new_tokens: int,
@@ -137,11 +139,12 @@ class Session:
         seen = self._seen([]) if sampling.repetition_penalty != 1 else None
         yield from self._go_on(token, most, frozenset(int(i) for i in stop_ids), sampling, seen)
 
-    def _go_on(self, tokens: jax.Array, most: int, stops: frozenset, sampling: Sampling, seen) -> Iterator[int]:
-        """`tokens` `[1, n]` and those after them."""
+    def _go_on(self, token: jax.Array, most: int, stops: frozenset, sampling: Sampling, seen) -> Iterator[int]:
+        """`token` `[1, 1]` and those after it."""
+        tokens = token
         while True:
             place, left = len(self.ids) + tokens.shape[1] - 1, most - tokens.shape[1]
-            more = functools.partial(self._write, tokens, place, sampling, seen)
+            more = functools.partial(self._write, token, place, sampling, seen)
             # From the device to the device: the next step does not wait for the host to see the tokens.
             ahead = more() if self._lead and left > 0 else None
             *read, last = np.asarray(tokens)[0].tolist()
@@ -155,7 +158,7 @@ class Session:
             most -= 1
             if last in stops or most == 0:
                 return
-            tokens, seen = more() if ahead is None else ahead
+            tokens, token, seen = more() if ahead is None else ahead
             self.ids.append(last)
 
     def _seen(self, more: Sequence[int]) -> jax.Array:
@@ -171,16 +174,16 @@ class Session:
                 " with --context, or begin anew"
             )
 
-    def _write(self, tokens: jax.Array, place: int, sampling: Sampling, seen: jax.Array | None):
-        """The tokens `[1, n]` after the last of `tokens`, which stands at `place`; and `seen` with what was read."""
+    def _write(self, token: jax.Array, place: int, sampling: Sampling, seen: jax.Array | None):
+        """The tokens `[1, n]` after `token`, which stands at `place`; the last of them; `seen` with what was read."""
         room = self._room - (place - self._dropped)
         count = self._burst if self._window is None and room >= self._burst else 1
         self._make_room(place, count)
         numbers = np.array([place, place - self._dropped], np.int32)
-        tokens, self._cache, seen = _burst(
-            self._shape, sampling, count, self._params, self._cache, tokens, numbers, seen
+        tokens, token, self._cache, seen = _burst(
+            self._shape, sampling, count, self._params, self._cache, token, numbers, seen
         )
-        return tokens, seen
+        return tokens, token, seen
 
     def _advance(self, ids: Sequence[int], sampling: Sampling, seen: jax.Array | None = None) -> jax.Array:
         """Reads tokens after `self.ids`, which it leaves to the caller; gives the next one, `[1, 1]`."""
@@ -283,9 +286,9 @@ def _prefill(shape: _Shape, sampling: Sampling, capacity: int, params, tokens, n
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 7))
-def _burst(shape: _Shape, sampling: Sampling, count: int, params, cache: KVCache, tokens, numbers, seen):
-    """`count` tokens `[1, count]` after the last of `tokens`, which stands at `place` and follows the `kept` ones in
-    the cache; the cache; and `seen` with the tokens that were read."""
+def _burst(shape: _Shape, sampling: Sampling, count: int, params, cache: KVCache, token, numbers, seen):
+    """`count` tokens `[1, count]` after `token` `[1, 1]`, which stands at `place` and follows the `kept` ones in the
+    cache; the last of them, for the next call; the cache; and `seen` with the tokens that were read."""
     model, (place, kept) = shape.model(params), numbers
 
     def write(index, state):
@@ -296,9 +299,9 @@ def _burst(shape: _Shape, sampling: Sampling, count: int, params, cache: KVCache
         token = _drawn(model, hidden[:, 0], place + index + 1, sampling, seen)
         return token, cache, seen, jax.lax.dynamic_update_slice(written, token, (0, index))
 
-    state = tokens[:, -1:], cache._replace(lengths=kept[None]), seen, jnp.zeros((1, count), jnp.int32)
-    _, cache, seen, written = jax.lax.fori_loop(0, count, write, state)
-    return written, cache, seen
+    state = token, cache._replace(lengths=kept[None]), seen, jnp.zeros((1, count), jnp.int32)
+    token, cache, seen, written = jax.lax.fori_loop(0, count, write, state)
+    return written, token, cache, seen
 
 
 def _drawn(model: Transformer, last, place, sampling: Sampling, seen) -> jax.Array:

@@ -44,6 +44,8 @@ class Parallel:
     layout: str = "striped"
     strategy: str = "ring"
     backend: str = "auto"
+    cut_weights: bool = True
+    """Whether parameters are cut over the ring too, and gathered where they are used; else over fsdp and tp alone."""
 
     def __post_init__(self):
         layouts.get(self.layout)
@@ -189,7 +191,10 @@ class Parallel:
             return ()
         if logical not in LOGICAL_AXES:
             raise ValueError(f"unknown logical axis {logical!r}; the axes are {', '.join(LOGICAL_AXES)}")
-        return self.present(*LOGICAL_AXES[logical])
+        axes = LOGICAL_AXES[logical]
+        if logical == "embed" and not self.cut_weights:
+            axes = tuple(axis for axis in axes if axis != "sp")
+        return self.present(*axes)
 
     def _dividing(self, size: int, logical: str | None) -> tuple[str, ...]:
         kept: tuple[str, ...] = ()

@@ -30,9 +30,9 @@ def learning_rate(config: OptimizerConfig, step: Int[Array, ""] | int, steps: in
 
 
 def decays(path: tuple, leaf: Any) -> bool:
-    """Whether weight decay pulls on a parameter: on matrices and tables, not on norms and biases."""
+    """Whether weight decay pulls on a parameter: on matrices and tables, not on norms, biases and image codes."""
     name = jax.tree_util.keystr(path, simple=True, separator=".").lower()
-    return not any(word in name for word in ("norm", "ln_f", "bias"))
+    return not any(word in name for word in ("norm", "ln_f", "bias", "codebook"))
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -50,6 +50,22 @@ def test_has_no_races():
     assert not gpu_callbacks.get_races().races_found
 
 
+def test_layers_share_one_kernel():
+    """Each kernel that is compiled takes seconds; a model has dozens of layers."""
+    from ringjax.attention.kernels.mosaic import split_kernel
+
+    q, cache = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 1, 4, 64), (3, 1, 256, 2, 64)))
+    bounds, score = [jax.ShapeDtypeStruct((1, 1), jnp.int32)] * 2, validate.score(None, None, 64)
+
+    def layers(q, k, v, lo, hi):
+        for layer in range(3):
+            q = split_kernel.forward(q, k, v, jnp.int32(layer), lo, hi, score).out.astype(q.dtype)
+        return q
+
+    lowered = jax.jit(layers).trace(q, cache, cache, *bounds).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("mosaic_gpu_v2") == 1
+
+
 def test_what_it_refuses(monkeypatch):
     monkeypatch.setattr(mosaic, "unavailable", lambda: None)
     score = validate.score(None, None, 64)

@@ -29,6 +29,20 @@ def test_results(tmp_path, capsys):
     assert (tmp_path / "splits.png").stat().st_size > 1000 and "writes after" in capsys.readouterr().out
 
 
+def test_a_profile(tmp_path, capsys):
+    folder = tmp_path / "profile"
+    config = {**TINY, "contexts": (16,), "repeats": 1, "profile": str(folder), "output": str(tmp_path)}
+    assert bench_generate(GenerateBench(**config), ["bench", "generate"])
+    (found,) = json.loads((tmp_path / "results.json").read_text())["profiles"]
+    assert (found["size"], found["context"]) == ("debug", 16) and list((folder / "debug").rglob("*.trace.json.gz"))
+    # 17 tokens of two layers, each with seven matrices and the head after them: what is said is of one token.
+    products = next(part for part in found["classes"] if part["name"] == "matmul")
+    assert 0 < products["count"] <= 40 and 0 < products["ms"] < found["span"]
+    page = (tmp_path / "results.md").read_text()
+    assert "## debug: where a token's time goes after 16" in page and "| matmul |" in page
+    assert "ms on a device" in capsys.readouterr().out
+
+
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     plain = generate.decode_attention
     monkeypatch.setattr(generate, "decode_attention", lambda *args, **options: 1.1 * plain(*args, **options))
@@ -51,6 +65,7 @@ def test_a_peer_that_is_not_there(tmp_path):
     ({"sizes": ("2b",)}, "unknown model size '2b'"),
     ({"contexts": (65,)}, "contexts has 65, the longest prompt 64 tokens; give --prefill 65"),
     ({"new_tokens": 1}, "new_tokens is 1; it must be at least 2"),
+    ({"top": 0}, "top is 0; it must be at least 1"),
     ({"chunk": 0}, "chunk is 0; it must be at least 1, or null"),
     ({"splits": (1,)}, "splits has 1; give 2 tokens or more"),
 ])  # fmt: skip

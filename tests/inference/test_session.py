@@ -7,6 +7,8 @@ import pytest
 
 from ringjax.attention.quantised import dequantise
 from ringjax.inference import generate_text, text_prompt
+from ringjax.inference import room as rooms
+from ringjax.inference import session as session_module
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.session import Session
 from ringjax.inference.streaming import stream_text
@@ -175,6 +177,30 @@ def test_going_on_and_going_back(model, expected):
     session.rewind(36)
     assert tokens(session, PROMPT[36:], sampling=drawn) == first
     assert tokens(Session(model, 64), sampling=Sampling(temperature=1.0, seed=6)) != first
+
+
+@pytest.mark.parametrize("axes, burst", [(None, 5), ((1, 1, 1, 4), 6)])
+def test_one_program_for_all_bursts(model, axes, burst):
+    """After the prompt and after another burst: each program takes seconds to compile."""
+    session = Session(model, 64, Parallel(None if axes is None else cases.mesh(*axes)))
+    session._lead, session._burst = 1, burst
+    before = session_module._burst._cache_size()
+    assert len(tokens(session, count=1 + 3 * burst)) == 1 + 3 * burst
+    assert session_module._burst._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("room, whole", [("plenty", True), ("for the cache alone", False), (None, False)])
+def test_weights_do_not_cross_the_ring_where_they_fit(model, expected, monkeypatch, room, whole):
+    """Cut over the ring, all of them are gathered for every token."""
+    parallel = Parallel(cases.mesh(1, 1, 1, 4))
+    free = {"plenty": 2**30, "for the cache alone": 1.2 * rooms.cache_bytes(model.config, 1, 64, parallel), None: 0}
+    memory = None if room is None else rooms.Memory(int(free[room]), 0)
+    monkeypatch.setattr(rooms, "memory_now", lambda parallel: memory)
+    session = Session(model, 64, parallel)
+    one, numbers = np.zeros((1, 1), np.int32), np.zeros(2, np.int32)
+    burst = session_module._burst.lower(session._shape, GREEDY, 1, session._params, session._cache, one, numbers, None)
+    assert ("all-gather" in burst.compile().as_text()) != whole
+    assert tokens(session) == expected
 
 
 @pytest.mark.parametrize("axes, ahead", [(None, 0), (None, 1), ((1, 1, 1, 4), 0)])

@@ -20,10 +20,12 @@ logging: {progress: plain, every: 1, plot: false}
 """
 
 
-def start(folder: Path, *overrides: str, cache: Path, **environment: str) -> subprocess.Popen:
-    """`ringjax train` on the tiny config in its own process; `cache` keeps compiled programs between processes."""
+def start(
+    folder: Path, *overrides: str, cache: Path, config: str = CONFIG, **environment: str
+) -> subprocess.Popen:
+    """`ringjax train` on a tiny config in its own process; `cache` keeps compiled programs between processes."""
     path = folder.with_suffix(".yaml")
-    path.write_text(CONFIG)
+    path.write_text(config)
     environment = {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
         "JAX_PLATFORMS": "cpu",

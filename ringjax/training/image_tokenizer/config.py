@@ -93,6 +93,12 @@ class PicturesConfig:
         _check_colour(self.background)
 
 
+    def variations(self) -> "PicturesConfig":
+        """Only what a compiled step depends on; the rest as it is by default."""
+        kept = {name: getattr(self, name) for name in ("background", "flip", "shift", "scale")}
+        return PicturesConfig((PictureSource("any"),), **kept)
+
+
 def _check_colour(name: str) -> None:
     from PIL import ImageColor
 

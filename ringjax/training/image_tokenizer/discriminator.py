@@ -20,10 +20,14 @@ class PatchDiscriminator(nnx.Module):
 
     def __init__(self, channels: int, width: int, layers: int, rngs: nnx.Rngs, dtype: jnp.dtype | None = None):
         widths = [width * min(2**i, _MOST) for i in range(layers + 1)]
-        make = lambda a, b, stride: nnx.Conv(a, b, (4, 4), strides=stride, padding=1, rngs=rngs, dtype=dtype)  # noqa: E731
+
+        def make(a: int, b: int, stride: int, bias: bool = True) -> nnx.Conv:
+            return nnx.Conv(a, b, (4, 4), strides=stride, padding=1, use_bias=bias, rngs=rngs, dtype=dtype)
+
         self.conv_in = make(channels, widths[0], 2)
         pairs = list(zip(widths, widths[1:]))
-        self.convs = nnx.List([make(a, b, 2 if i < layers - 1 else 1) for i, (a, b) in enumerate(pairs)])
+        # No bias where a norm follows, which has its own: it would be noise, which Adam makes as large as signal.
+        self.convs = nnx.List([make(a, b, 2 if i < layers - 1 else 1, bias=False) for i, (a, b) in enumerate(pairs)])
         self.norms = nnx.List(
             [nnx.GroupNorm(b, math.gcd(b, _GROUPS), rngs=rngs, epsilon=1e-6, dtype=dtype) for _, b in pairs]
         )

@@ -65,7 +65,10 @@ class TokenizerTrainer(NamedTuple):
 
 @functools.lru_cache(maxsize=4)  # a run that goes on in the same process compiles nothing again
 def compile_trainer(stage: TokenizerStage, mesh: Mesh, seed: int, start: int) -> TokenizerTrainer:
-    """The functions of a stage that begins at step `start` of the run; `step` still wants the features."""
+    """The functions of a stage that begins at step `start` of the run; `step` still wants the features.
+
+    Which files the pictures come from makes no other program: give `stage` with `data.variations()`.
+    """
     parts = _Parts(stage, seed, start)
     everywhere = NamedSharding(mesh, PartitionSpec())
     abstract = jax.eval_shape(parts.init, 0)

@@ -1,5 +1,6 @@
 """The image tokenizer as the training loop sees it: pictures in, reconstructions out."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,7 +81,8 @@ class ImageTokenizerTask(Task):
     # ------------------------------------------------------------------ what the loop runs
 
     def trainer(self, mesh: Mesh, seed: int, start: int) -> TokenizerTrainer:
-        trainer = compile_trainer(self.stage, mesh, seed, start)
+        stage = dataclasses.replace(self.stage, data=self.stage.data.variations())
+        trainer = compile_trainer(stage, mesh, seed, start)
         features = self._features()
         if features is not None:
             dtype = jnp.dtype(self.stage.training.dtype)

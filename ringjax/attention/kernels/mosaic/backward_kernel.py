@@ -27,6 +27,7 @@ from ringjax.attention.kernels.mosaic.parts import (
     LOG2E,
     ROW,
     bounds,
+    compiled_once,
     compiler_params,
     interval_mask,
     interval_mask_transposed,
@@ -45,6 +46,7 @@ DKV_WARPGROUPS = 2
 STAGES = 2
 
 
+@compiled_once
 def backward(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],

@@ -22,6 +22,7 @@ from ringjax.attention.kernels.mosaic.parts import (
     ROW,
     WGMMA,
     bounds,
+    compiled_once,
     compiler_params,
     interval_mask,
     per_row,
@@ -38,6 +39,7 @@ STAGES = 2
 LOWEST = -1e30
 
 
+@compiled_once
 def forward(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],

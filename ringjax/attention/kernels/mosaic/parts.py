@@ -4,8 +4,9 @@ Rows of a score tile are queries in the forward pass and for dQ; for dK and dV r
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -17,6 +18,12 @@ COMPUTE_WARPGROUPS = 2
 LOG2E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
 ROW, COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
+
+
+def compiled_once(function: Callable, static: Sequence[str] = ("score",)) -> Callable:
+    """All layers of a program share one kernel. Traced apart, each layer's would get a number of its own in its module,
+    and each module takes XLA about two seconds to compile."""
+    return jax.jit(function, static_argnames=static)
 
 
 def swizzled(shape: tuple[int, ...], dtype) -> plgpu.SMEM:

@@ -24,6 +24,7 @@ from ringjax.attention.kernels.mosaic.parts import (
     ROW,
     WGMMA,
     bounds,
+    compiled_once,
     compiler_params,
     interval_mask,
     per_row,
@@ -40,6 +41,7 @@ LOWEST = -1e30
 MULTIPROCESSORS = 132  # of an H100 or H200
 
 
+@functools.partial(compiled_once, static=("score", "splits"))
 def forward(
     q: Float[Array, "B T N H"],
     k: Float[Array, "layers B S K H"],
