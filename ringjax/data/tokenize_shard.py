@@ -22,11 +22,9 @@ from ringjax.data.records import Shard, encode_record, write_shard
 from ringjax.data.tokenizers import load_tokenizer
 from ringjax.data.variations import OVERSAMPLE, may_be_mirrored, number_of, vary
 
-# Lines whose pictures are in memory at once, beside those that are being read.
-LINES_AT_ONCE = 64
-# Frames that go through the image tokenizer at once: one compiled shape, and a bound on memory.
-FRAMES_AT_ONCE = {"cpu": 32}
-FRAMES_ON_ACCELERATORS = 256
+# Frames that go through the image tokenizer at once, one compiled shape; and lines whose pictures are in memory, beside
+# as many that are being read.
+AT_ONCE_ON_CPU, AT_ONCE = 32, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +104,7 @@ class ShardWriter:
 
     def _examples(self, bundles: tuple[Bundle, ...], told: "Told") -> Iterator[Example]:
         with ThreadPoolExecutor(self._threads) as pool:
-            groups = list(_groups(bundles, LINES_AT_ONCE if self._vision else len(bundles)))
+            groups = list(_groups(bundles, self._vision.at_once if self._vision else len(bundles)))
             # The next group is read from disk while this one is encoded.
             ahead = self._read(pool, groups[0])
             for number, group in enumerate(groups):
@@ -297,12 +295,12 @@ class PictureEncoder:
         self.resolution, self.channels = self.config.resolution, self.config.channels
         self.fingerprint = vqgan.vqgan_fingerprint(self._model)
         self._encode = vqgan.encode_pictures
-        self._at_once = FRAMES_AT_ONCE.get(jax.default_backend(), FRAMES_ON_ACCELERATORS)
+        self.at_once = AT_ONCE_ON_CPU if jax.default_backend() == "cpu" else AT_ONCE
 
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """`[n, h, w]` codes of `[n, H, W]` or `[n, H, W, 3]` uint8 frames."""
-        filled = np.resize(frames, (-len(frames) % self._at_once + len(frames), *frames.shape[1:]))
-        return self._encode(self._model, filled, batch_size=self._at_once)[: len(frames)]
+        filled = np.resize(frames, (-len(frames) % self.at_once + len(frames), *frames.shape[1:]))
+        return self._encode(self._model, filled, batch_size=self.at_once)[: len(frames)]
 
 
 def _is_frames(value: object) -> bool:

@@ -161,6 +161,29 @@ def test_a_bad_line_leaves_the_others_of_its_example(tmp_path):
                for c in captions_of(tmp_path / "set"))  # fmt: skip
 
 
+def test_damaged_files_among_many_are_named(tmp_path, pictures):
+    good = json.loads((pictures / "captions.jsonl").read_text().splitlines()[0])
+    whole = (pictures / "clip.webp").read_bytes()
+    files = {
+        "cut.webp": whole[: len(whole) // 2], "empty.png": b"", "garbled.webp": whole[:40] + bytes(len(whole) - 40),
+        "text.jpg": b"this is no picture",
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    rows = [{**good, "file": str(pictures / good["file"]), "caption": f"fine {i}"} for i in range(300)]
+    for at, name in zip((3, 77, 150, 299), files):
+        rows[at] = {"file": name, "caption": name}
+    lines = write_jsonl(tmp_path / "a.jsonl", rows)
+    options = dict(fields="[vision],caption", vision_tokenizer=str(pictures / "vqgan.safetensors"), vision_codes=None)
+    report = tokenize(lines, tmp_path / "set", on_error="skip", **options)
+    assert report.examples == 296 and len(report.skipped) == 4 and "4 lines skipped" in str(report)
+    told = (tmp_path / "set" / "skipped.txt").read_text().splitlines()
+    for at, name, line in zip((3, 77, 150, 299), files, told, strict=True):
+        assert f"line {at + 1}: picture" in line and name in line
+    with pytest.raises(DataError, match="line 4: picture .*cut.webp"):
+        tokenize(lines, tmp_path / "none", **options)
+
+
 def test_the_plan_is_the_same_every_time():
     lines = [Line("a", i, i + 1, i) for i in range(50)]
     one, again, other = (plan(lines, least=2, most=6, variants=2, seed=seed) for seed in (1, 1, 2))
