@@ -2,10 +2,10 @@
 
     python scripts/recall_documents.py data/text recall.jsonl --tokens 32768 --tokenizer MODEL.gguf --without emma
 
-A document is an excerpt of a book with 8 to 24 sentences put between its paragraphs ("The locker code of Ruth Okafor is
-40317."), and all of them asked in another order; only the answers bear loss. Two thirds are as long as a row, the rest
-shorter by any factor down to 16, so that the distance varies. Wording, keys and values are other ones than those of the
-needle evaluation (cities and their "special magic numbers").
+A document is an excerpt of a book with up to 24 sentences put between its paragraphs ("The locker code of Ruth Okafor
+is 40317."), and all of them asked in another order; only the answers bear loss. Two thirds are as long as a row, the
+rest shorter by any factor down to 16, so that the distance varies. Wording, keys and values are other ones than those
+of the needle evaluation (cities and their "special magic numbers").
 """
 
 import argparse
@@ -64,15 +64,15 @@ def _number(rng: np.random.Generator) -> str:
 def document(
     paragraphs: Sequence[str], sizes: Sequence[int], tokens: int, tokenizer: TextTokenizer, rng: np.random.Generator
 ) -> dict[str, str]:
-    """A line of jsonl of at most `tokens` tokens; `sizes` are those of the paragraphs of a book."""
-    made = facts(int(rng.integers(8, 25)), rng)
+    """A line of jsonl of at most `tokens` tokens; `sizes` are those of a book's paragraphs."""
+    made = facts(min(int(rng.integers(8, 25)), max(2, tokens // 200)), rng)
     words = (f"{x['said']}\n\n\nQuestion: {x['asked']}\nAnswer: {x['value']}" for x in made)
     taken = sum(len(tokenizer.encode(text)) + 8 for text in words)
     room, start = tokens - taken - 16, int(rng.integers(len(paragraphs)))
     kept: list[str] = []
     for number in range(len(paragraphs)):  # from any place on, and around the end of the book
         place = (start + number) % len(paragraphs)
-        room -= sizes[place] + 1
+        room -= sizes[place]
         if room < 0:
             break
         kept.append(paragraphs[place])
@@ -95,7 +95,7 @@ def write(texts: Path, target: Path, tokens: int, total: int, spec: str, without
     books = []
     for file in files:
         paragraphs = [part for part in file.read_text("utf-8").split("\n\n") if part.strip()]
-        books.append((paragraphs, [len(tokenizer.encode(part)) for part in paragraphs]))
+        books.append((paragraphs, [len(tokenizer.encode(part + "\n\n")) for part in paragraphs]))
     unfinished, left, count = target.with_suffix(".part"), total, 0
     with unfinished.open("w", encoding="utf-8") as out:
         while left > 0:

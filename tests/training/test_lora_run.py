@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ringjax.evaluation.eval_command import run_eval
+from ringjax.evaluation.eval_config import PerplexityConfig
 from ringjax.evaluation.reading import GREEDY
+from ringjax.inference.command import run_generate
+from ringjax.inference.generate_config import GenerateConfig
 from ringjax.inference.text_model import TextModel
 from ringjax.inference.trained import TrainedRun
 from ringjax.interop.command import ConvertConfig, run_convert
@@ -160,6 +164,38 @@ def test_the_gradient_does_not_depend_on_the_mesh(run, folder, tmp_path):
     other = train(config(folder, tmp_path / "run", **small), open_start)
     for (_, a, norm_a), (_, b, norm_b) in zip(curve(run)[:2], curve(other)[:2]):
         np.testing.assert_allclose([a, norm_a], [b, norm_b], rtol=2e-3)  # the frozen products are of bfloat16 weights
+
+
+def test_a_stage_is_evaluated_and_so_is_an_adapter(run, folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It is a truth universally acknowledged. " * 40)
+    run_convert(ConvertConfig(str(run), str(tmp_path / "adapter"), adapter=True, stage="short", dtype="float32"))
+    options = dict(lengths=(32,), rows=1, buckets=2, haystack=str(text), progress="none", dtype="float32")
+    losses = {}
+    for name, asked in {
+        "short": dict(model=str(run), stage="short"), "long": dict(model=str(run)),
+        "adapter": dict(model=str(folder), adapter=str(tmp_path / "adapter")), "base": dict(model=str(folder)),
+    }.items():  # fmt: skip
+        run_eval(PerplexityConfig(output=str(tmp_path / name), **asked, **options))
+        lines = (tmp_path / name / "results.jsonl").read_text().splitlines()
+        losses[name] = json.loads(lines[1])["loss"]
+    assert losses["adapter"] == pytest.approx(losses["short"], rel=0.02)  # the run's base is bfloat16
+    assert len({round(loss, 2) for loss in (losses["short"], losses["long"], losses["base"])}) == 3
+    with pytest.raises(ValueError, match="model"):  # another adapter is another model: its answers don't mix
+        run_eval(PerplexityConfig(model=str(folder), output=str(tmp_path / "adapter"), **options))
+
+
+def test_generate_takes_a_stage_and_an_adapter(run, folder, tmp_path):
+    run_convert(ConvertConfig(str(run), str(tmp_path / "adapter"), adapter=True))
+    said = []
+    asked = dict(prompt="a", max_new_tokens=2, temperature=0.0)
+    run_generate(GenerateConfig(str(folder), adapter=str(tmp_path / "adapter"), **asked), said.append)
+    run_generate(GenerateConfig(str(run), stage="short", **asked), said.append)
+    assert "".join(said).startswith("a")
+    with pytest.raises(NotImplementedError, match="--adapter"):
+        run_generate(GenerateConfig(str(run), adapter=str(tmp_path / "adapter"), **asked), said.append)
+    with pytest.raises(NotImplementedError, match="--stage"):
+        run_generate(GenerateConfig(str(folder), stage="short", **asked), said.append)
 
 
 def test_configs(folder):

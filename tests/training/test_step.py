@@ -1,5 +1,7 @@
 """The step: exact over micro-batches and meshes, sharded as the table says."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -104,3 +106,18 @@ def test_a_batch_is_placed_as_it_was_read():
     assert placed.shape == (2, 4, LENGTH)
     assert placed.sharding.spec == PartitionSpec(None, ("dp", "fsdp"), "sp")
     np.testing.assert_array_equal(np.asarray(placed).reshape(ROWS, LENGTH), rows["tokens"])
+
+
+def test_evaluation_sees_everything_where_training_sees_groups():
+    mesh = make_mesh("1,1,1,8")
+    losses = {}
+    for group in (None, 4):
+        model = dataclasses.replace(MODEL, shifted_group=group)
+        trainer = make_trainer(model, OptimizerConfig(), Parallel(mesh), steps=10, start=0, donate=False)
+        state = trainer.init(0)
+        rows = {k: np.asarray(layouts.get("striped").permute(v, 8, axis=1)) for k, v in make_batch().items()}
+        batch = place_batch(rows, mesh, 1, row_group(mesh, ROWS))
+        evaluated = jax.tree.map(np.sum, jax.device_get(trainer.evaluate(state.whole, batch)))
+        losses[group] = float(trainer.step(state, batch)[1]["loss"]), float(evaluated.loss)
+    assert losses[4][1] == pytest.approx(losses[None][1], rel=1e-5)
+    assert abs(losses[4][0] - losses[None][0]) > 1e-5

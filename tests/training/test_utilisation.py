@@ -28,3 +28,11 @@ def test_the_formula_agrees_with_a_published_step():
     flops = flops_per_row(parameters=1_244_000_000, layers=22, width=2048, seq_len=32768)
     assert mfu(flops, 32768 / 20600, "NVIDIA H100 80GB HBM3", 1) == pytest.approx(0.331, abs=0.04)
     assert mfu(flops, 1.0, "NVIDIA H100", 2) == mfu(flops, 2.0, "NVIDIA H100", 1)
+
+
+def test_frozen_parameters_and_groups_are_less_work():
+    row = dict(layers=2, width=8, seq_len=64)
+    assert flops_per_row(100, **row) == 6 * 100 * 64 + 6 * 2 * 8 * 64**2
+    assert flops_per_row(10, **row, frozen=90) == (6 * 10 + 4 * 90) * 64 + 6 * 2 * 8 * 64**2
+    assert flops_per_row(100, **row, group=16) == 6 * 100 * 64 + 6 * 2 * 8 * 64 * 16
+    assert flops_per_row(100, **row, group=128) == flops_per_row(100, **row)
