@@ -17,7 +17,7 @@ STRATEGIES = ("ring", "all_gather", "ulysses")
 # to 15 % faster than striped's (docs/results/attention.md); on a TPU one kernel takes either.
 LAYOUTS = {"gpu": ("zigzag", "striped", "contiguous"), "tpu": ("striped", "zigzag", "contiguous")}
 BLOCKWISE = 2048
-# The arithmetic is within 8 % of the compiler's (docs/results/planning.md), so a plan may take so much of the memory.
+# The arithmetic is within 9 % of the compiler's (docs/results/planning.md), so a plan may take so much of the memory.
 MARGIN = 0.92
 # 'none' is left out: what it keeps beside the products is XLA's choice, and save_products takes as long.
 REMATS = "save_products", "save_feed_forward", "save_attention", "offload", "full"
