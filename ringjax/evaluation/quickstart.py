@@ -4,7 +4,8 @@
     drawings    digits drawn from words that a plain classifier recognises  at least 90 %
     prose       loss on a held-out novel                                    below a bigram model's
 
-Writes samples.png and report.md into the run folder. Exit code 1 where a bar is missed; with --short, which looks at
+Writes samples.png and report.md into the run folder, and, without --short, pictures.png and clip.webp by the any-to-any
+model of the package, where it came with one. Exit code 1 where a bar is missed; with --short, which looks at
 few samples of a model that has hardly been trained, the bars do not count.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 from ringjax.data import samples
 from ringjax.evaluation.digits import Captions, Drawings, caption_digits, draw_digits
 from ringjax.evaluation.prose import ProseLoss, prose_loss
+from ringjax.evaluation.sample_pictures import draw_sample_pictures
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.trained import TrainedRun
 from ringjax.training.load import load_config
@@ -115,6 +117,8 @@ def main(argv: list[str] | None = None) -> int:
 
     findings = evaluate(arguments.run_dir, SHORT if arguments.short else FULL)
     paths = [draw_samples(arguments.run_dir, findings), write_report(arguments.run_dir, findings, arguments.short)]
+    if not arguments.short:
+        paths += draw_sample_pictures(arguments.run_dir)
     for bar in findings.bars:
         verdict = "" if arguments.short else " - met" if bar.met else " - MISSED"
         print(f"{bar.name}: {bar.found}; bar: {bar.wanted}{verdict}")

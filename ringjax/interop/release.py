@@ -43,6 +43,13 @@ _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _ONE_DEVICE = Parallel()
 
 
+def is_installed() -> bool:
+    """Whether the package came with its own model."""
+    from ringjax.data import samples
+
+    return (samples.FOLDER / "any_to_any" / ABOUT).is_file()
+
+
 def release_folder(name: str | Path) -> Path:
     """The folder of a released model; `sample:any-to-any` is the package's own."""
     from ringjax.data import samples
@@ -50,7 +57,7 @@ def release_folder(name: str | Path) -> Path:
     if str(name) != SAMPLE:
         return Path(name)
     folder = samples.FOLDER / "any_to_any"
-    if not (folder / ABOUT).is_file():
+    if not is_installed():
         raise FileNotFoundError(f"{SAMPLE} is not in this installation ({folder}); reinstall ringjax with its data")
     return folder
 

@@ -30,3 +30,15 @@ def test_the_same_answers(place, folder, pictures, tmp_path):  # noqa: F811
     assert said.splitlines()[1] == f"{tmp_path}/a_clips.webp: 3 frames"
     with pytest.raises(ValueError, match="length 65 is beyond the rows of 64 tokens"):
         run_eval(VideoNeedleConfig(str(folder), output=str(tmp_path / "video"), data=data, lengths=(65,)))
+
+
+def test_the_quickstart_shows_what_the_packages_model_draws(folder, tmp_path, monkeypatch):  # noqa: F811
+    from PIL import Image
+
+    from ringjax.evaluation import sample_pictures
+    monkeypatch.setattr(sample_pictures, "is_installed", lambda: False)
+    assert sample_pictures.draw_sample_pictures(tmp_path) == [], "a package without the model"
+    paths = sample_pictures.draw_sample_pictures(tmp_path, model=str(folder), frames=3)
+    assert [path.name for path in paths] == ["pictures.png", "clip.webp"]
+    with Image.open(paths[0]) as sheet, Image.open(paths[1]) as clip:
+        assert sheet.size == (1200, 500) and clip.n_frames == 3
