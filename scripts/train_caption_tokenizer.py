@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=2048)
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = learn(corpus(args.data), args.vocab_size)
+    tokenizer = learn(args.vocab_size, corpus(args.data))
     tokenizer.save(str(args.output))
     for text in ("a red fox", "airplane taking off"):
         print(text, tokenizer.encode(text).tokens)

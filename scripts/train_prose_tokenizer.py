@@ -8,7 +8,7 @@ bytes (so nothing is unknown), 251 merges.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from make_samples import write_manifest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,7 +28,8 @@ def corpus() -> Iterator[str]:
         yield from (f"{word}\n {word}\n",) * CAPTION_REPEATS
 
 
-def learn(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+def learn(vocab_size: int, texts: Iterable[str] | None = None) -> Tokenizer:
+    """A tokenizer of so many ids, learned from `texts`; None: the sample data."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,7 +39,7 @@ def learn(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(corpus() if texts is None else texts, trainer)
     return tokenizer
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab-size", type=int, default=512)
     args = parser.parse_args()
-    tokenizer = learn(corpus(), args.vocab_size)
+    tokenizer = learn(args.vocab_size)
     tokenizer.save(str(FOLDER / "prose_tokenizer.json"))
     held_out = prose("heldout")[0]
     print(f"{len(held_out.encode()) / len(tokenizer.encode(held_out).ids):.3f} bytes a token on the held-out novel")
