@@ -162,6 +162,6 @@ def test_the_kernels_are_lowered_for_cuda(monkeypatch):
     lowered = both.trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text()
     functions = {re.match(r"\w+ @(\w+)", f)[1]: f.count("mosaic_gpu_v2") for f in lowered.split("func.func ")[1:]}
     assert sum(functions.get(name, 0) for name in re.findall(r"call @(\w+)", lowered)) == 2 * 3
-    # Both hops call one forward kernel, as a model's layers do: each that is compiled takes seconds.
+    # Both hops call one forward kernel, as a model's layers do: each that is compiled takes a second.
     assert functions["forward"] == 1 and lowered.count("call @forward(") == 2
     assert "stablehlo.case" not in lowered and "stablehlo.if" not in lowered  # nothing waits for the host

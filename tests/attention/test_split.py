@@ -51,7 +51,7 @@ def test_has_no_races():
 
 
 def test_layers_share_one_kernel():
-    """Each kernel that is compiled takes seconds; a model has dozens of layers."""
+    """Each kernel that is compiled takes a second; a model has dozens of layers."""
     from ringjax.attention.kernels.mosaic import split_kernel
 
     q, cache = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 1, 4, 64), (3, 1, 256, 2, 64)))

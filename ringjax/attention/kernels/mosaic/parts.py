@@ -22,7 +22,7 @@ ROW, COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
 
 def compiled_once(function: Callable, static: Sequence[str] = ("score",)) -> Callable:
     """All layers of a program share one kernel. Traced apart, each layer's would get a number of its own in its module,
-    and each module takes XLA about two seconds to compile."""
+    and each module takes about a second to compile."""
     return jax.jit(function, static_argnames=static)
 
 
