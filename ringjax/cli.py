@@ -1,4 +1,4 @@
-"""The command line: `ringjax train`, `generate`, `chat`, `eval`, `convert`, `info`, `config show`, `tokenize`, `bench`.
+"""The command line: `ringjax train`, `plan`, `generate`, `chat`, `eval`, `convert`, `info`, `tokenize`, `bench`, ….
 
 Exit codes, for people and supervisors:
 
@@ -134,6 +134,24 @@ def _train(arguments: list[str]) -> int:
     return OK
 
 
+def _plan(arguments: list[str]) -> int:
+    from ringjax.planning.command import PlanConfig, run_plan
+    from ringjax.training.load import load_config
+
+    names = [field.name for field in dataclasses.fields(PlanConfig)]
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+        print_help(PlanConfig(), "ringjax plan CONFIG", PlanConfig.__doc__)
+    positional, pairs = split_overrides(arguments, ["compile", "search"])
+    options = read_lists(PlanConfig, [(key, [value]) for key, value in pairs if key in names])
+    if len(positional) != 1:
+        raise UsageError(f"ringjax plan takes one CONFIG, not {len(positional)}: {' '.join(positional) or 'none'}")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a plan needs no accelerator, and takes none
+    run_plan(load_config(positional[0], [pair for pair in pairs if pair[0] not in names]), options)
+    return OK
+
+
 def _config(arguments: list[str]) -> int:
     if not arguments or arguments[0] != "show":
         raise UsageError("usage: ringjax config show CONFIG [--section.key value …]")
@@ -158,7 +176,8 @@ def _info(arguments: list[str]) -> int:
 
 
 def _tokenize(arguments: list[str]) -> int:
-    from ringjax.data.tokenize import TokenizeConfig, run_tokenize
+    from ringjax.data.tokenize import run_tokenize
+    from ringjax.data.tokenize_config import TokenizeConfig
     from ringjax.training.typed import build
     from ringjax.training.yaml_tree import Item, parse_value, to_item
 
@@ -166,10 +185,17 @@ def _tokenize(arguments: list[str]) -> int:
         usage = "ringjax tokenize INPUT … --output FOLDER"
         print_help(TokenizeConfig(("INPUT",), "FOLDER"), usage, "Text, pictures and clips to a data set.")
     flags = [field.name for field in dataclasses.fields(TokenizeConfig) if field.type is bool]
-    inputs, pairs = split_overrides(arguments, flags)
-    values = {key: parse_value(value, f"--{key}") for key, value in pairs}
-    if inputs:
-        values["inputs"] = to_item(inputs, "command line")
+    words = [field.name for field in dataclasses.fields(TokenizeConfig) if "str" in str(field.type)]
+    lists = ("inputs", "fields")
+    inputs, pairs = split_overrides(arguments, flags, lists)
+    # Words are taken as they are: "[vision],caption" would be a list in YAML.
+    values = {
+        key: to_item(value, f"--{key}") if key in words and value != "null" else parse_value(value, f"--{key}")
+        for key, value in pairs
+    }
+    given = {name: [value for key, value in pairs if key == name] for name in lists}
+    given["inputs"] += inputs
+    values |= {name: to_item(found, "command line") for name, found in given.items() if found}
     print(run_tokenize(build(TokenizeConfig, Item(values, "command line"))))
     return OK
 
@@ -211,8 +237,13 @@ def _eval(arguments: list[str]) -> int:
     usage = (
         "usage: ringjax eval needle MODEL [--lengths T …] [--depths P …] [--method M …] …\n"
         "       ringjax eval ruler MODEL [--tasks NAME …] …\n"
-        "       ringjax eval perplexity MODEL [--lengths T …] …\n\n"
-        "Does a model read its context? --help after any of them lists its options."
+        "       ringjax eval perplexity MODEL [--lengths T …] …\n"
+        "       ringjax eval captions RUN [--data HELDOUT.jsonl] …\n"
+        "       ringjax eval drawings RUN [--data HELDOUT.jsonl] [--judge RUN] …\n"
+        "       ringjax eval gallery RUN [--data HELDOUT.jsonl] [--output NAME.png] …\n"
+        "       ringjax eval video_needle RUN --data HELDOUT.jsonl [--lengths T …] …\n\n"
+        "Does a model read its context? Does it know what it sees, and can it draw? --help after any of them lists its"
+        " options."
     )
     if (code := _which("evaluation", KINDS, usage, arguments)) is not None:
         return code
@@ -294,14 +325,22 @@ def _bench_train(arguments: list[str]) -> int:
     from ringjax.training.load import load_config
 
     overrides = [(key, value) for key, value in pairs if not key.startswith("bench.")]
-    run = load_config(positional[0], overrides, open_start)
+    from ringjax.benchmarks.compare import combinations, label
+
+    runs = [
+        (label(variant), load_config(positional[0], [*overrides, *variant], open_start))
+        for variant in combinations(config.compare)
+    ]
     from ringjax.benchmarks.command import bench_train
 
-    return OK if bench_train(run, config, ["bench", "train", *arguments]) else FAILED
+    return OK if bench_train(runs, config, ["bench", "train", *arguments]) else FAILED
 
 
 COMMANDS = {
     "train": Command(_train, "train CONFIG [--section.key value …]", "train, or go on where a run was stopped"),
+    "plan": Command(
+        _plan, "plan CONFIG --target h100:8 | tpu:v5p:4x8x8", "does it fit, how fast, which mesh; before it runs"
+    ),
     "config": Command(_config, "config show CONFIG [--section.key value …]", "the resolved config as YAML"),
     "tokenize": Command(
         _tokenize, "tokenize --inputs FILE … --output FOLDER", "text, pictures and clips to a data set"
@@ -311,7 +350,9 @@ COMMANDS = {
     ),
     "chat": Command(_chat, "chat MODEL", "talk to a published model"),
     "eval": Command(
-        _eval, "eval needle | ruler | perplexity MODEL", "does a model read its context? table, pictures, report"
+        _eval,
+        "eval needle | ruler | perplexity | captions | drawings | gallery | video_needle MODEL",
+        "does a model read its context, see and draw? table, pictures, report",
     ),
     "convert": Command(_convert, "convert SOURCE TARGET", "weights of other projects, in and out"),
     "bench": Command(

@@ -13,10 +13,13 @@ class UsageError(ValueError):
     """The command line is wrong."""
 
 
-def split_overrides(arguments: Sequence[str], flags: Sequence[str] = ()) -> tuple[list[str], list[tuple[str, str]]]:
+def split_overrides(
+    arguments: Sequence[str], flags: Sequence[str] = (), lists: Sequence[str] = ()
+) -> tuple[list[str], list[tuple[str, str]]]:
     """Positional arguments, and `--key value` / `--key=value` pairs in order; a key without value is `true`.
 
-    `flags` are keys whose value is true or false: anything else behind them is not theirs.
+    `flags` are keys whose value is true or false: anything else behind them is not theirs. `lists` are keys that take
+    everything up to the next key: a pair for each value.
     """
     positional, pairs, rest = [], [], list(arguments)
     while rest:
@@ -30,6 +33,8 @@ def split_overrides(arguments: Sequence[str], flags: Sequence[str] = ()) -> tupl
             bare = not rest or rest[0].startswith("--") or (key in flags and rest[0] not in ("true", "false"))
             value = "true" if bare else rest.pop(0)
         pairs.append((key, value))
+        while key in lists and not given and rest and not rest[0].startswith("--"):
+            pairs.append((key, rest.pop(0)))
     return positional, pairs
 
 

@@ -6,15 +6,16 @@ The counts in them come from the library's own layouts; nothing is drawn by hand
 import sys
 from pathlib import Path
 
-from ringjax.planning import pictures
+from ringjax.planning import pictures, plan_pictures
 
 FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
 
 
 def draw(folder: Path) -> list[Path]:
-    """Write layouts.png, ring.png and work.png to `folder`, and return their paths."""
+    """Write flops_ratio.png, layouts.png, ring.png and work.png to `folder`, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
+        "flops_ratio": plan_pictures.draw_flops_ratio(),
         "layouts": pictures.draw_layouts(seq_len=16, ring_size=4),
         "ring": pictures.draw_ring(ring_size=4),
         "work": pictures.draw_work(ring_size=8, seq_len=8192),

@@ -28,7 +28,7 @@ def corpus() -> Iterator[str]:
         yield from (f"{word}\n {word}\n",) * CAPTION_REPEATS
 
 
-def learn(vocab_size: int) -> Tokenizer:
+def learn(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,7 +38,7 @@ def learn(vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab-size", type=int, default=512)
     args = parser.parse_args()
-    tokenizer = learn(args.vocab_size)
+    tokenizer = learn(corpus(), args.vocab_size)
     tokenizer.save(str(FOLDER / "prose_tokenizer.json"))
     held_out = prose("heldout")[0]
     print(f"{len(held_out.encode()) / len(tokenizer.encode(held_out).ids):.3f} bytes a token on the held-out novel")

@@ -103,6 +103,21 @@ def test_tokenize_makes_a_data_set(capsys, tmp_path):
     assert "--output" in run(capsys, "tokenize", "--help")[1]
 
 
+def test_tokenize_takes_several_specs_and_inputs(capsys, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"caption": "a, b", "vision": [1, 2]}\n' * 20)
+    inputs = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b")]
+    specs = ["[vision],caption", '["Draw, please:"+caption],vision']
+    options = ["--output", str(tmp_path / "set"), "--codes-per-frame", "2", "--vision_codes=8", "--workers", "0"]
+    for arguments in ([*inputs, "--fields", *specs], ["--fields", *specs, "--inputs", *inputs]):
+        code, out, err = run(capsys, "tokenize", *arguments, *options, "--overwrite")
+        assert (code, err) == (0, "") and "40 examples" in out
+    from ringjax.data.records import RecordReader
+
+    assert RecordReader(tmp_path / "set").meta["fields"] == specs
+    assert len({len(RecordReader(tmp_path / "set")[i]) for i in range(40)}) == 2
+
+
 def test_info_names_devices_and_backends(capsys):
     code, out, _ = run(capsys, "info")
     assert code == 0

@@ -1,8 +1,9 @@
 """What `ringjax bench` does with its options: run, print, write."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from ringjax.benchmarks import environment, table, torch_peer, train, transformers_peer
+from ringjax.benchmarks import compare, environment, table, torch_peer, train, transformers_peer
 from ringjax.benchmarks.attention import run_attention, works
 from ringjax.benchmarks.config import AttentionBench, GenerateBench, TrainBench
 from ringjax.benchmarks.rows import Row
@@ -52,26 +53,42 @@ def _plain(rows: list[Row], about: dict) -> dict:
     return {"environment": about, "rows": [row.plain() for row in rows], "notes": table.notes(rows)}
 
 
-def bench_train(run: RunConfig, config: TrainBench, arguments: list[str]) -> bool:
-    """Run `ringjax bench train`; whether the loss was finite. `arguments` are those of `ringjax`."""
-    train.prepare(run)
+def bench_train(runs: Sequence[tuple[str, RunConfig]], config: TrainBench, arguments: list[str]) -> bool:
+    """Run `ringjax bench train` for each variant; whether losses were finite. `arguments` are those of `ringjax`."""
+    for _, run in runs:
+        train.prepare(run)
     about = environment.describe(arguments)
     say = (lambda message: print(message, flush=True)) if is_main() else lambda message: None
     say("\n".join(environment.header(about)))
-    result = train.run_train(run, config, say)
-    measured = train.lines(result, about["device"], about["devices"])
-    say("\n".join(f"  {name:14s} {value}" for name, value in measured))
-    if result.profile is not None:
-        say("\n".join(["", *result.profile.lines()]))
-    if config.output and is_main():
-        folder = Path(config.output)
-        table.write_results(folder, "results.json", {"environment": about, "result": result.plain()})
-        text = table.page("Training", about, table.markdown_table(("", ""), measured))
+    folder = Path(config.output) if config.output and is_main() else None
+    results: list[tuple[str, train.TrainResult]] = []
+    for name, run in runs:
+        result = train.run_train(run, config, say)
+        results.append((name, result))
+        measured = train.lines(result, about["device"], about["devices"])
+        say("\n".join([*([name] if name else []), *(f"  {key:14s} {value}" for key, value in measured)]))
         if result.profile is not None:
-            text += "\n".join(["", "## Where the time of a step goes", "", *result.profile.lines()])
+            say("\n".join(["", *result.profile.lines()]))
+        if folder is not None:  # what is measured stays, whatever ends the command
+            table.write_results(folder, "results.json", {"environment": about, **_plain_results(results)})
+    body = table.markdown_table(("", ""), train.lines(results[0][1], about["device"], about["devices"]))
+    if len(results) > 1:
+        body = table.markdown_table(compare.COLUMNS, compare.rows(results))
+        say("\n".join(["", *body]))
+    if folder is not None:
+        text = table.page("Training", about, body)
+        if (profile := results[0][1].profile) is not None:
+            text += "\n".join(["", "## Where the time of a step goes", "", *profile.lines()])
         table.write_results(folder, "results.md", text)
         say(f"{folder}: results.json, results.md")
-    return result.good
+    return all(result.good for _, result in results)
+
+
+def _plain_results(results: Sequence[tuple[str, "train.TrainResult"]]) -> dict:
+    """One result as itself, several by their names."""
+    if len(results) == 1 and not results[0][0]:
+        return {"result": results[0][1].plain()}
+    return {"results": {name: result.plain() for name, result in results}}
 
 
 def bench_generate(config: GenerateBench, arguments: list[str]) -> bool:

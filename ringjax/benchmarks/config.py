@@ -5,6 +5,7 @@ import re
 from typing import Literal
 
 from ringjax.attention.kernels import check_name
+from ringjax.benchmarks.compare import combinations
 from ringjax.models.sizes import get_size
 
 PEERS = ("ringattention", "tokamax", "torch")
@@ -129,11 +130,18 @@ class TrainBench:
     """A folder for a profile of one step."""
     top: int = 25
     """Kernels that the profile's table lists."""
+    compare: str | None = None
+    """Variants to measure in turn, each with each: "data.packing=masked,pad mesh.layout=striped,contiguous"."""
     output: str | None = None
     """A folder for results.json and results.md."""
 
     def __post_init__(self):
         _at_least(self, steps=1, warmup=0, top=1)
+        combinations(self.compare)
+        _require(
+            self.compare is None or self.profile is None,
+            "compare and profile: a profile is of one variant; leave one of them out",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

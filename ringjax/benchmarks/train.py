@@ -58,6 +58,8 @@ class TrainResult:
     memory: dict[str, int]
     peak_bytes: int | None
     profile: Profile | None
+    used: float = 1.0
+    """Share of the slots that hold a token; the rest is padding."""
 
     @property
     def median(self) -> float:
@@ -68,12 +70,18 @@ class TrainResult:
         return self.rows * self.tokens / self.median
 
     @property
+    def used_per_second(self) -> float:
+        """Tokens a second that are no padding."""
+        return self.used * self.tokens_per_second
+
+    @property
     def good(self) -> bool:
         return all(math.isfinite(loss) for loss in self.losses)
 
     def plain(self) -> dict[str, Any]:
         derived = dict(median=self.median, min=min(self.seconds), max=max(self.seconds))
-        return {**dataclasses.asdict(self), **derived, "tokens_per_second": self.tokens_per_second}
+        rates = dict(tokens_per_second=self.tokens_per_second, used_per_second=self.used_per_second)
+        return {**dataclasses.asdict(self), **derived, **rates}
 
 
 def prepare(run: RunConfig) -> None:
@@ -90,7 +98,8 @@ def run_train(run: RunConfig, config: TrainBench, say: Callable[[str], None]) ->
     parallel = Parallel(mesh, stage.mesh.layout, stage.mesh.strategy, stage.mesh.backend)
     training = stage.training
     trainer = make_trainer(stage.model, stage.optimizer, parallel, steps=training.steps, start=0, lora=run.lora)
-    with _batches(run, stage, mesh, config.data, say) as (data, batches):
+    filled: list[float] = []
+    with _batches(run, stage, mesh, config.data, say, filled) as (data, batches):
         batch = next(batches)
         with backend_choices() as choices:
             start = time.perf_counter()
@@ -111,7 +120,7 @@ def run_train(run: RunConfig, config: TrainBench, say: Callable[[str], None]) ->
         stage.mesh.layout, stage.mesh.strategy, stage.model.remat, stage.model.dtype, data, tuple(choices),
         compile_seconds, tuple(seconds), flops,
         mfu(flops, statistics.median(seconds), devices[0].device_kind, len(devices)), timed.losses(), memory,
-        peak_bytes(), profile,
+        peak_bytes(), profile, statistics.fmean(filled),
     )  # fmt: skip
 
 
@@ -184,8 +193,10 @@ def _stage(run: RunConfig, name: str | None) -> StageConfig:
 
 
 @contextlib.contextmanager
-def _batches(run: RunConfig, stage: StageConfig, mesh, wanted: str, say: Callable[[str], None]):
-    """What the batches are, and an endless iterator of placed batches."""
+def _batches(
+    run: RunConfig, stage: StageConfig, mesh, wanted: str, say: Callable[[str], None], filled: list[float]
+):
+    """What the batches are, and an endless iterator of placed batches; `filled` gets the share of slots in use."""
     if wanted != "synthetic":
         try:
             check_data(dataclasses.replace(run, stages=(stage,)))
@@ -198,16 +209,19 @@ def _batches(run: RunConfig, stage: StageConfig, mesh, wanted: str, say: Callabl
         training = stage.training
         group = row_group(mesh, training.batch_size // training.accumulation)
         batch = place_batch(synthetic(stage, mesh.shape["sp"], group), mesh, training.accumulation, group)
+        filled.append(1.0)
         yield "random tokens, a document a row", iter(lambda: batch, None)
         return
     with Feed(stage, mesh, run.seed) as feed:
-        yield "the config's own", _endless(feed)
+        yield "the config's own", _endless(feed, filled)
 
 
-def _endless(feed: Feed) -> Iterator[Batch]:
+def _endless(feed: Feed, filled: list[float]) -> Iterator[Batch]:
     while True:
         try:
-            yield feed.place(feed.next().rows)
+            rows = feed.next().rows
+            filled.append(float(np.mean(rows["behind"] >= 0)))
+            yield feed.place(rows)
         except DataEnded as error:
             raise ConfigError(f"{error}, or give --bench.data synthetic") from None
 
@@ -240,6 +254,7 @@ def lines(result: TrainResult, device_kind: str, devices: int) -> list[tuple[str
         ("a step", f"{result.rows} × {result.tokens} tokens, {result.accumulation} micro-batch(es); {result.data}"),
         ("mesh", f"{mesh}, {result.layout} {result.strategy}"),
         *(("attention", choice) for choice in result.choices),
+        ("slots in use", f"{100 * result.used:.1f} %"),
         ("step", f"{ms[0]:.1f} ms ({ms[1]:.1f} – {ms[2]:.1f}, {len(result.seconds)} steps)"),
         ("tokens/s", f"{result.tokens_per_second:,.0f} ({result.tokens_per_second / devices:,.0f} a device)"),
         ("MFU", "not known for this device" if result.mfu is None else f"{100 * result.mfu:.1f} %{known}"),

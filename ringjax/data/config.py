@@ -41,6 +41,11 @@ class DataConfig:
     """Codes of one picture or frame: 256 for LWM, 16 for the digits."""
     vision_codes: int = 8192
     """Codes of the image tokenizer; the end of a frame is this id, the end of the vision the next."""
+    vision_tokenizer: str | None = None
+    """The image tokenizer of the codes, a VQGAN .safetensors: data sets that another one made are refused, and the run
+    keeps a copy to draw with; null: what the data sets record, and no copy."""
+    drop_captions: float = 0.0
+    """Share of the drawings that lose the text before them, for guidance: a new draw every epoch."""
     max_frames: int | None = None
     """Clips with more frames keep this many, evenly spread; null: all."""
     separator: str = " "
@@ -79,6 +84,8 @@ class DataConfig:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("prefetch", self.prefetch, 0)
+        if isinstance(self.drop_captions, bool) or not 0 <= self.drop_captions < 1:
+            raise ValueError(f"drop_captions {self.drop_captions!r} must lie in [0, 1): 0.1 is usual, 0 drops none")
         for sources in (self.sources, self.heldout):
             given = [source.weight is not None for source in sources]
             if any(given) and not all(given):

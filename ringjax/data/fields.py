@@ -11,6 +11,8 @@ A line is a JSON object; a spec says which of its fields are strung together, an
     <|bos|>     the begin token                                                     as any field
     <|eos|>     the end token                                                       as any field
     vision      <vision> codes </vision>, when the field holds a list of codes      on all of it
+    "Draw"+a    words of the spec itself, in JSON's quotes, wherever a name may     as any field
+                stand: tokens of the text "Draw a"
 
 Text:
 
@@ -38,8 +40,10 @@ as well; that fault is not repeated here.
 """
 
 import dataclasses
+import json
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -49,13 +53,14 @@ from ringjax.data.tokenizers import VISION_END, VISION_START, TextTokenizer
 
 BOS = "<|bos|>"
 EOS = "<|eos|>"
+_WORDS = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 Spec = str | Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One part of a spec between commas: names joined by `+`, or a special token."""
+    """One part of a spec between commas: names and words in quotes joined by `+`, or a special token."""
 
     names: tuple[str, ...]
     loss: bool
@@ -68,14 +73,51 @@ class Field:
         return "+".join(self.names)
 
 
+def words(name: str) -> str | None:
+    """The text of words in quotes; None for the name of a field."""
+    return json.loads(name, strict=False) if name.startswith('"') else None
+
+
 def parse(spec: str) -> tuple[Field, ...]:
     """The fields of a spec.
 
     Raises:
-        ValueError: brackets do not pair, a name is missing, or a special token is joined by `+`.
+        ValueError: brackets or quotes do not pair, a name is missing, or a special token is joined by `+`.
     """
+    quoted: list[str] = []
+
+    def put_by(match: re.Match) -> str:
+        quoted.append(match[0])
+        return f"\0{len(quoted) - 1}\0"
+
+    def put_back(name: str) -> str:
+        return re.sub("\0(\\d+)\0", lambda match: quoted[int(match[1])], name)
+
+    bare = _WORDS.sub(put_by, spec)
+    if '"' in bare:
+        raise ValueError(f"fields {spec!r}: a quote is never closed, or not as in JSON")
+    return tuple(
+        dataclasses.replace(field, names=tuple(_whole(put_back(name), spec) for name in field.names))
+        for field in _parse_bare(bare, spec)
+    )
+
+
+def _whole(name: str, spec: str) -> str:
+    """A name, or words in quotes that are JSON and nothing else."""
+    if '"' in name:
+        try:
+            empty = not json.loads(name, strict=False)
+        except ValueError:
+            raise ValueError(f'fields {spec!r}: {name} is neither a name nor words in quotes; write "Draw"+a') from None
+        if empty:
+            raise ValueError(f"fields {spec!r}: there are no words in the quotes")
+    return name
+
+
+def _parse_bare(bare: str, spec: str) -> list[Field]:
+    """The fields of a spec without quotes; `spec` is what errors name."""
     fields, inside = [], False
-    for part in spec.split(","):
+    for part in bare.split(","):
         name = part.strip()
         opens, closes = name.startswith("["), name.endswith("]")
         inner = name[opens : len(name) - closes]
@@ -86,7 +128,7 @@ def parse(spec: str) -> tuple[Field, ...]:
         inside = inside and not closes
     if inside:
         raise ValueError(f"fields {spec!r}: a [ is never closed; write [a],b or [a,b],c")
-    return tuple(fields)
+    return fields
 
 
 def _names(part: str, spec: str) -> tuple[str, ...]:
@@ -117,8 +159,12 @@ class FieldEncoder:
     add_bos: bool = True
     add_eos: bool = True
 
-    def encode_line(self, row: Mapping, default: Spec | None, line_index: int, place: str) -> Example:
+    def encode_line(
+        self, row: Mapping, default: Spec | None, which: int | Callable[[Spec], str], place: str
+    ) -> Example:
         """The example of a whole line: by its own `fields`, or else by `default`.
+
+        `which` is the number of the line (`choose`), or a function that chooses from a list of specs.
 
         Raises:
             DataError: no spec, a faulty spec, a field that is missing, empty or of a wrong type, codes out of range,
@@ -129,7 +175,8 @@ class FieldEncoder:
             raise DataError(f"{place}: no 'fields' in the line and none in the config; say what to learn, e.g. 'text'")
         if not _is_spec(spec):
             raise DataError(f"{place}: 'fields' must be a string or a list of strings, not {_shown(spec)}")
-        return require_usable(self.encode(row, choose(spec, line_index), place), place)
+        chosen = which(spec) if callable(which) else choose(spec, which)
+        return require_usable(self.encode(row, chosen, place), place)
 
     def encode(self, row: Mapping, spec: str, place: str = "example") -> Example:
         """The example of `row` by one spec, which may lack loss: a prompt is `encode` with `add_eos=False`."""
@@ -146,29 +193,44 @@ class FieldEncoder:
             builder.text([self.tokenizer.eos_id], loss=True)
         return builder.example()
 
+    def enclosed(self, turns: Sequence[Example]) -> Example:
+        """Several examples, encoded without begin and end, as one with both."""
+        builder = _Builder()
+        builder.text([self.tokenizer.bos_id] if self.add_bos else [], loss=False)
+        for turn in turns:
+            builder.example_so_far(turn)
+        builder.text([self.tokenizer.eos_id] if self.add_eos else [], loss=True)
+        return builder.example()
+
     def _append(self, builder: "_Builder", row: Mapping, field: Field, place: str) -> None:
         if field.special:
             ids = self.tokenizer.bos_id if field.names == (BOS,) else self.tokenizer.eos_id
             return builder.text([ids], field.loss)
-        missing = [name for name in field.names if name not in row]
+        said = [words(name) for name in field.names]
+        missing = [name for name, own in zip(field.names, said) if own is None and name not in row]
         if missing:
             raise DataError(f"{place}: field {missing[0]!r} is missing; the line has {', '.join(map(str, row))}")
-        if len(field.names) == 1 and not isinstance(row[field.names[0]], str):
-            name = field.names[0]
+        name = field.names[0]
+        if said == [None] and not isinstance(row[name], str):
             return self._append_vision(builder, row[name], field.loss, f"{place}: field {name!r}")
-        texts = [_text(row[name], f"{place}: field {name!r}") for name in field.names]
+        texts = [
+            _text(row[name], f"{place}: field {name!r}") if own is None else own for name, own in zip(field.names, said)
+        ]
         builder.text(self.tokenizer.encode(self.separator.join(texts)), field.loss)
 
     def _append_vision(self, builder: "_Builder", value: object, loss: bool, place: str) -> None:
-        frames = self._frames(value, place)
+        frames = self.frames(value, place)
         ends = np.full((len(frames), 1), self.vision_codes, np.int32)
         ends[-1] += 1
         builder.text(self.tokenizer.marker(VISION_START), loss)
         builder.vision(np.concatenate([frames, ends], axis=1).ravel(), loss)
         builder.text(self.tokenizer.marker(VISION_END), loss)
 
-    def _frames(self, value: object, place: str) -> np.ndarray:
-        """`[frames, codes_per_frame]` int32, checked; at most `max_frames` of them, evenly spread."""
+    def frames(self, value: object, place: str) -> np.ndarray:
+        """The value of a vision field as `[frames, codes_per_frame]` int32; at most `max_frames`, evenly spread.
+
+        Raises DataError, which begins with `place`, for what are no codes of whole frames.
+        """
         codes = _codes(value, place)
         if len(codes) == 0 or len(codes) % self.codes_per_frame:
             raise DataError(
@@ -191,21 +253,22 @@ class _Builder:
     """Collects tokens, modality and loss in step."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[np.ndarray, bool, bool]] = []
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def text(self, ids: Sequence[int], loss: bool) -> None:
-        self._parts.append((np.asarray(ids, np.int32), False, loss))
+        self._add(np.asarray(ids, np.int32), False, loss)
 
     def vision(self, ids: np.ndarray, loss: bool) -> None:
-        self._parts.append((ids, True, loss))
+        self._add(ids, True, loss)
+
+    def example_so_far(self, example: Example) -> None:
+        self._parts.append((example.tokens, example.modality, example.loss))
+
+    def _add(self, ids: np.ndarray, vision: bool, loss: bool) -> None:
+        self._parts.append((ids, np.full(len(ids), vision), np.full(len(ids), loss)))
 
     def example(self) -> Example:
-        lengths = [len(ids) for ids, _, _ in self._parts]
-        return Example(
-            tokens=np.concatenate([ids for ids, _, _ in self._parts]),
-            modality=np.repeat([vision for _, vision, _ in self._parts], lengths),
-            loss=np.repeat([loss for _, _, loss in self._parts], lengths),
-        )
+        return Example(*(np.concatenate(arrays) for arrays in zip(*self._parts)))
 
 
 def _is_spec(spec: object) -> bool:

@@ -32,11 +32,13 @@ class Stream:
         epochs: int | None,
         skip_errors: bool,
         skipped: SkippedLines,
-        prepare: Callable[[Example, str], list[Piece]],
+        prepare: Callable[[Example, str, bool], list[Piece]],
+        is_dropped: Callable[[int], bool],
     ):
+        """`is_dropped`: whether an example of the stream loses its condition; `prepare` is told so."""
         self._number, self._source, self._seed = number, source, seed
-        self._skip_errors, self._skipped, self._prepare = skip_errors, skipped, prepare
-        self._long: dict[int, list[Piece]] = {}
+        self._skip_errors, self._skipped, self._prepare, self._is_dropped = skip_errors, skipped, prepare, is_dropped
+        self._long: dict[tuple[int, bool], list[Piece]] = {}
         self.examples = len(source)
         order = grain.MapDataset.range(len(source))
         if seed is not None:
@@ -48,29 +50,29 @@ class Stream:
 
     def pieces(self, index: int) -> list[Piece]:
         """The pieces of example `index` of the stream, as they lie in it; none where the line is skipped."""
-        row = int(self._order[index])
-        if row in self._long:
-            return self._long[row]
+        row, dropped = int(self._order[index]), self._is_dropped(index)
+        if (row, dropped) in self._long:
+            return self._long[row, dropped]
         try:
-            pieces = self._prepare(self._source.read(row), self._source.place(row))
+            pieces = self._prepare(self._source.read(row), self._source.place(row), dropped)
         except DataError as error:
             if not self._skip_errors:
                 raise
             self._skipped.add("unusable", (self._number, row), str(error))
             return []
         if len(pieces) > 1:
-            self._keep(row, pieces)
+            self._keep((row, dropped), pieces)
         return pieces
 
-    def _keep(self, row: int, pieces: list[Piece]) -> None:
+    def _keep(self, key: tuple[int, bool], pieces: list[Piece]) -> None:
         """Books are slow to tokenize, and several lanes may read one, each in its own order."""
-        self._long[row] = pieces
+        self._long[key] = pieces
         if len(self._long) > _LONG_KEPT:
             del self._long[next(iter(self._long))]
 
     def reading_order(self, index: int, pieces: int) -> Sequence[int]:
         """In which order the pieces are read: shuffled, so that lanes that read one book are not at one place."""
-        if self._seed is None:
+        if self._seed is None or pieces == 1:
             return range(pieces)
         return np.random.default_rng((self._seed, self._number, index)).permutation(pieces)
 

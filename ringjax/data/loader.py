@@ -19,6 +19,7 @@ from ringjax.attention import layouts
 from ringjax.data.config import DataConfig
 from ringjax.data.errors import DataError, SkippedLines
 from ringjax.data.example import Example, see_whole_frames
+from ringjax.data.guidance import Unconditional, is_dropped
 from ringjax.data.lanes import Lane, Stream
 from ringjax.data.packing import Batch, Piece, assemble, cut
 from ringjax.data.prefetch import Prefetched
@@ -141,6 +142,8 @@ class _Batches(grain.IterDataset):
         train = split == "train"
         self.endless = train and config.epochs is None
         self.lanes = lines if self.endless else range(1)
+        self._unconditional = Unconditional(load_tokenizer(config.tokenizer))
+        rate = config.drop_captions if train else 0.0
         self.streams = [
             Stream(
                 number,
@@ -150,13 +153,16 @@ class _Batches(grain.IterDataset):
                 skip_errors=config.on_error == "skip",
                 skipped=self.skipped,
                 prepare=functools.partial(self._prepare, number),
+                is_dropped=functools.partial(is_dropped, rate, seed, number),
             )
             for number, source in enumerate(sources)
         ]
         self.identity = _identity(config, chosen, sources, seq_len, batch_size, seed, split)
 
-    def _prepare(self, number: int, example: Example, place: str) -> list[Piece]:
+    def _prepare(self, number: int, example: Example, place: str, dropped: bool) -> list[Piece]:
         config = self.config
+        if dropped:
+            example = self._unconditional.of(example) or example
         if example.pairs > self.seq_len and config.long_examples != "split":
             message = (
                 f"{place}: {example.pairs + 1} tokens are more than a row of seq_len {self.seq_len} takes; "
@@ -211,7 +217,7 @@ def _permute(batch: Batch, *, layout: layouts.Layout, ring_size: int) -> Batch:
 
 
 # Settings that change how batches are made ready, not what is in them.
-_IMMATERIAL = ("sources", "heldout", "tokenizer", "on_error", "prefetch")
+_IMMATERIAL = ("sources", "heldout", "tokenizer", "vision_tokenizer", "on_error", "prefetch")
 
 
 def _identity(config: DataConfig, chosen, sources, seq_len: int, batch_size: int, seed: int, split: str) -> dict:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ringjax.data.errors import DataError
-from ringjax.data.held_out import Side, side_of
+from ringjax.data.heldout import Side, side_of
 from ringjax.data.jsonl import JsonLines
 from ringjax.data.pictures import Fit, count_frames, read_frame, read_frames
 

@@ -116,6 +116,7 @@ class RecordReader:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.meta, self.shards = _read_meta(self.folder)
+        self._names = [str(self.folder / shard.file) for shard in self.shards]
         self._stops = np.cumsum([shard.examples for shard in self.shards]).tolist()
         for shard in self.shards:
             self._check_size(shard)
@@ -127,7 +128,7 @@ class RecordReader:
     def place(self, index: int) -> str:
         """How an error names an example: its file and record, counted from 0."""
         shard, record = self._locate(index)
-        return f"{self.folder / self.shards[shard].file} record {record}"
+        return f"{self._names[shard]} record {record}"
 
     def __getitem__(self, index: int) -> Example:
         shard, record = self._locate(index)
@@ -168,6 +169,8 @@ class RecordSource:
         _check_origin(self._reader.meta, source, config, tokenizer)
         self.name, self._vision_codes = source.path, config.vision_codes
         self._vocab_size = tokenizer.vocab_size
+        meta = self._reader.meta
+        self.codes_of = meta.get("vision_tokenizer_fingerprint") if meta.get("has_vision") else None
         self.fingerprint = hashlib.sha256((self._reader.folder / META).read_bytes()).hexdigest()
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ringjax.data.codes import agreed, tokenizer_fingerprint
 from ringjax.data.config import DataConfig, SourceConfig
 from ringjax.data.errors import DataError
 from ringjax.data.example import Example, require_usable
@@ -19,6 +20,8 @@ class Source(Protocol):
 
     name: str
     fingerprint: str
+    codes_of: str | None
+    """The fingerprint of the image tokenizer that made its codes; None: it has none, or nobody knows."""
 
     def __len__(self) -> int: ...
 
@@ -34,9 +37,9 @@ class Source(Protocol):
 class JsonlSource:
     """The lines of a jsonl file, by the example language."""
 
-    def __init__(self, config: SourceConfig, encoder: FieldEncoder):
+    def __init__(self, config: SourceConfig, encoder: FieldEncoder, codes_of: str | None = None):
         self._lines, self._encoder, self._default = JsonLines(config.path), encoder, config.fields
-        self.name = config.path
+        self.name, self.codes_of = config.path, codes_of
         self.fingerprint = self._lines.fingerprint
 
     def __len__(self) -> int:
@@ -52,6 +55,8 @@ class JsonlSource:
 
 class TextSource:
     """One document: a whole plain text file in UTF-8."""
+
+    codes_of = None
 
     def __init__(self, config: SourceConfig, encoder: FieldEncoder):
         if config.fields is not None:
@@ -80,10 +85,16 @@ class RowsSource:
     """Rows in memory, each with its spec: the samples."""
 
     def __init__(
-        self, name: str, rows: Sequence[dict], specs: Callable[[int], Spec], encoder: FieldEncoder, stamp: str
+        self,
+        name: str,
+        rows: Sequence[dict],
+        specs: Callable[[int], Spec],
+        encoder: FieldEncoder,
+        stamp: str,
+        codes_of: str | None = None,
     ):
         self.name, self._rows, self._specs, self._encoder = name, rows, specs, encoder
-        self.fingerprint = stamp
+        self.fingerprint, self.codes_of = stamp, codes_of
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -100,7 +111,8 @@ def open_sources(config: DataConfig, split: str) -> tuple[list[Source], tuple[So
 
     Raises:
         FileNotFoundError: a file or folder is missing.
-        ValueError: a source is empty, of no known kind, or made with other tokenizers; no held-out data is named.
+        ValueError: a source is empty, of no known kind, or made with other tokenizers, of text or of images; no
+            held-out data is named.
     """
     chosen = _of_split(config, split)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -113,7 +125,20 @@ def open_sources(config: DataConfig, split: str) -> tuple[list[Source], tuple[So
         add_bos=config.add_bos,
         add_eos=config.add_eos,
     )
-    return [_open(source, config, encoder, split) for source in chosen], chosen
+    sources = [_open(source, config, encoder, split) for source in chosen]
+    codes_of(sources, config)
+    return sources, chosen
+
+
+def codes_of(sources: Sequence[Source], config: DataConfig) -> str | None:
+    """The fingerprint of the image tokenizer that all sources have; raises ValueError where they differ."""
+    found = [(f"source {source.name}", source.codes_of) for source in sources]
+    name = config.vision_tokenizer
+    return agreed([(f"vision_tokenizer {name}", _named(config)), *found])
+
+
+def _named(config: DataConfig) -> str | None:
+    return None if config.vision_tokenizer is None else tokenizer_fingerprint(config.vision_tokenizer)
 
 
 def _of_split(config: DataConfig, split: str) -> tuple[SourceConfig, ...]:
@@ -132,7 +157,7 @@ def _open(source: SourceConfig, config: DataConfig, encoder: FieldEncoder, split
     if source.path.startswith("sample:"):
         return _sample(source, config, encoder, split)
     if path.suffix in (".jsonl", ".json", ".ndjson") or ".jsonl" in path.suffixes:
-        return JsonlSource(source, encoder)
+        return JsonlSource(source, encoder, _named(config))
     if path.suffix == ".txt":
         return TextSource(source, encoder)
     if path.is_dir():
@@ -174,10 +199,11 @@ def _digits(source: SourceConfig, config: DataConfig, encoder: FieldEncoder, spl
     # Not of the codes: between kinds of devices a picture can fall on the other of two codes that are equally near.
     files = [samples.manifest()[file]["sha256"] for file in ("digits.npz", "digits_vqgan.safetensors")]
     name, stamp = f"{source.path} ({split})", _stamp([files, CAPTION_SPEC, DRAW_SPECS])
+    made_by = tokenizer_fingerprint("sample")
     if source.fields is not None:
-        return RowsSource(name, rows, lambda index: source.fields, encoder, stamp)
+        return RowsSource(name, rows, lambda index: source.fields, encoder, stamp, made_by)
     twice = [row for row in rows for _ in range(2)]
-    return RowsSource(name, twice, lambda index: DRAW_SPECS if index % 2 else CAPTION_SPEC, encoder, stamp)
+    return RowsSource(name, twice, lambda index: DRAW_SPECS if index % 2 else CAPTION_SPEC, encoder, stamp, made_by)
 
 
 def _stamp(rows: list) -> str:

@@ -1,8 +1,9 @@
 """`ringjax tokenize`: text, pictures and clips to a data set of records, with several worker processes.
 
-The lines of all inputs, in order, are cut into shards of `examples_per_shard`; a shard is the work of one process at
-a time, so the data set has the same bytes for any number of workers. It is written into a hidden folder beside the
-output, which gets its name when all is done: an interrupted run leaves nothing that looks like a data set.
+The lines of all inputs, in order (or joined, see bundles.py), are cut into shards of `examples_per_shard`; a shard is
+the work of one process at a time, so the data set has the same bytes for any number of workers. It is written into a
+hidden folder beside the output, which gets its name when all is done: an interrupted run leaves nothing that looks
+like a data set.
 """
 
 import contextlib
@@ -18,93 +19,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Literal
 
+from ringjax.data.bundles import Bundle, Line, plan
 from ringjax.data.errors import DataError
-from ringjax.data.fields import parse
+from ringjax.data.heldout import heldout
 from ringjax.data.jsonl import JsonLines
 from ringjax.data.records import FORMAT, META, file_digest
-from ringjax.data.tokenize_shard import Line, PictureEncoder, Recipe, ShardResult, ShardWriter, start_worker, work
+from ringjax.data.tokenize_config import CODES, TokenizeConfig, TokenizeReport
+from ringjax.data.tokenize_shard import PictureEncoder, Recipe, ShardResult, ShardWriter, start_worker, work
 from ringjax.data.tokenizers import load_tokenizer
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizeConfig:
-    """Tokenize text, pictures and clips into a data set that training reads."""
-
-    inputs: tuple[str, ...]
-    """.jsonl files (the example language of docs/data.md) and .txt files (a document each), in order."""
-    output: str
-    """The folder to make."""
-    fields: str | tuple[str, ...] | None = None
-    """The example language for lines without `fields` of their own; a list: one is chosen a line."""
-    tokenizer: str = "sample"
-    """`sample`, `bytes`, a tokenizer.json (or its folder), a SentencePiece .model, or a .gguf file."""
-    vision_tokenizer: str | None = None
-    """A VQGAN .safetensors, or `sample` for the digits': turns the picture a line names into its field `vision`."""
-    picture_key: str = "file"
-    """The field that names a picture or clip, relative to the .jsonl's folder."""
-    fit: Literal["crop", "pad", "centre"] = "crop"
-    """How a picture becomes square: its middle, padded, or left at its size."""
-    background: str = "white"
-    """What lies behind transparent and padded places."""
-    codes_per_frame: int = 256
-    """Codes of a frame in lines that hold codes; with a vision_tokenizer, its own number is used."""
-    vision_codes: int = 8192
-    """Codes of the codebook: the id of the end of a frame, as the model will have it."""
-    max_frames: int | None = None
-    """Clips with more frames keep this many, evenly spread; null: all."""
-    separator: str = " "
-    """What `+` puts between two fields."""
-    add_bos: bool = True
-    """Begin every example with the tokenizer's begin token."""
-    add_eos: bool = True
-    """End every example with the tokenizer's end token."""
-    examples_per_shard: int = 512
-    """Lines in a file of the data set, and in a worker's portion."""
-    workers: int | None = None
-    """Processes; null: one a core, or 0 for pictures where there is an accelerator; 0: this process, which encodes
-    pictures on its default device."""
-    on_error: Literal["stop", "skip"] = "stop"
-    """A line that cannot be used ends the run, or is left out and counted."""
-    overwrite: bool = False
-    """Replace a data set of that name."""
-    progress: bool = True
-    """Show a progress bar on a terminal."""
-
-    def __post_init__(self):
-        if not self.inputs:
-            raise ValueError("inputs is empty; name at least one .jsonl or .txt file")
-        if not self.output:
-            raise ValueError("output is empty; name the folder to make")
-        for name in ("codes_per_frame", "vision_codes", "examples_per_shard", "max_frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value} must be at least 1")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers {self.workers} must be at least 0; 0 works in this process")
-        for spec in (self.fields,) if isinstance(self.fields, str) else self.fields or ():
-            parse(spec)
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizeReport:
-    """What a run made."""
-
-    folder: Path
-    examples: int
-    tokens: int
-    vision_tokens: int
-    skipped: tuple[str, ...]
-    """Of every line left out, its place and fault."""
-
-    def __str__(self) -> str:
-        text = f"{self.folder}: {self.examples} examples, {self.tokens} tokens ({self.vision_tokens} of vision)"
-        if self.skipped:
-            text += f"; {len(self.skipped)} lines skipped, the first: {self.skipped[0]}"
-        return text
+SKIPPED = "skipped.txt"
 
 
 def run_tokenize(config: TokenizeConfig) -> TokenizeReport:
@@ -122,16 +48,20 @@ def run_tokenize(config: TokenizeConfig) -> TokenizeReport:
     if _occupied(output) and not (output / META).is_file():
         raise FileExistsError(f"{output} is no data set, so it is not overwritten; give another output")
     lines, inputs = _lines(config)
+    bundles = plan(
+        lines, variants=config.variants, least=config.join_least or config.join, most=config.join,
+        join_as=config.join_as, seed=config.seed,
+    )  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     _mention_leftovers(output)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=output.parent))
     try:
         recipe, made_with = _recipe(config, unfinished)
         portions = [
-            tuple(lines[i : i + config.examples_per_shard]) for i in range(0, len(lines), config.examples_per_shard)
+            tuple(bundles[i : i + config.examples_per_shard]) for i in range(0, len(bundles), config.examples_per_shard)
         ]
         results = []
-        with _progress_bar(config.progress, len(lines)) as advance:
+        with _progress_bar(config.progress, len(bundles)) as advance:
             for portion, result in zip(portions, _results(recipe, portions, _workers(config)), strict=True):
                 results.append(result)
                 advance(len(portion))
@@ -147,31 +77,51 @@ def _lines(config: TokenizeConfig) -> tuple[list[Line], list[dict]]:
     for name in config.inputs:
         path = Path(name)
         if path.suffix == ".txt":
+            if config.split != "all":
+                raise ValueError(f"split {config.split} is by captions, and {name} has none; tokenize it by itself")
             if not path.is_file():
                 raise FileNotFoundError(f"input {name} does not exist")
             lines.append(Line(name, 0, path.stat().st_size, None))
             inputs.append({"name": path.name, "sha256": file_digest(path)})
         elif path.suffix in (".jsonl", ".ndjson", ".json"):
             rows = JsonLines(path)
-            lines += [Line(name, *rows.span(row), int(rows.line_index[row])) for row in range(len(rows))]
+            wanted = [row for row in range(len(rows)) if _is_in_split(rows, row, config)]
+            lines += [Line(name, *rows.span(row), int(rows.line_index[row])) for row in wanted]
             inputs.append({"name": path.name, "sha256": rows.fingerprint})
         else:
             raise ValueError(f"input {name} is of no known kind; give .jsonl or .txt files")
+    if not lines:
+        raise ValueError(
+            f"split {config.split} has no line at heldout_share {config.heldout_share}; change one of them"
+        )
     return lines, inputs
+
+
+def _is_in_split(rows: JsonLines, row: int, config: TokenizeConfig) -> bool:
+    """A line that cannot be read is in every split: what is wrong with it is told when its turn comes."""
+    if config.split == "all":
+        return True
+    try:
+        caption = rows[row].get(config.caption_key)
+    except DataError:
+        return True
+    return not isinstance(caption, str) or heldout(caption, config.heldout_share) == (config.split == "heldout")
 
 
 def _recipe(config: TokenizeConfig, folder: Path) -> tuple[Recipe, dict]:
     """What the workers need, and what the data set says of its making. Faulty tokenizers are found here."""
-    codes_per_frame, vision_codes, vision_fingerprint = config.codes_per_frame, config.vision_codes, None
+    codes_per_frame, vision_codes, vision_fingerprint = config.codes_per_frame, config.vision_codes or CODES, None
     if config.vision_tokenizer is not None:
         encoder = PictureEncoder(config.vision_tokenizer)
         codes_per_frame, vision_fingerprint = encoder.config.codes_per_picture, encoder.fingerprint
+        vision_codes = config.vision_codes or encoder.config.codes
         if encoder.config.codes > vision_codes:
             raise ValueError(
                 f"vision_tokenizer {config.vision_tokenizer} has {encoder.config.codes} codes, more than vision_codes "
                 f"{vision_codes}; set vision_codes to at least that"
             )
-    shared = {name: getattr(config, name) for name in ("separator", "add_bos", "add_eos", "max_frames", "fit")}
+    names = "separator", "add_bos", "add_eos", "max_frames", "fit", "mirror", "join_as", "caption_words"
+    shared = {name: getattr(config, name) for name in names}
     recipe = Recipe(
         folder=str(folder),
         fields=config.fields,
@@ -180,7 +130,9 @@ def _recipe(config: TokenizeConfig, folder: Path) -> tuple[Recipe, dict]:
         codes_per_frame=codes_per_frame,
         vision_codes=vision_codes,
         picture_key=config.picture_key,
+        caption_key=config.caption_key,
         background=config.background,
+        truncate=config.long_captions == "truncate",
         skip_errors=config.on_error == "skip",
         **shared,
     )
@@ -193,7 +145,8 @@ def _recipe(config: TokenizeConfig, folder: Path) -> tuple[Recipe, dict]:
         "vision_tokenizer_fingerprint": vision_fingerprint,
         "codes_per_frame": codes_per_frame,
         "vision_codes": vision_codes,
-        "background": config.background,
+        **{name: getattr(config, name) for name in ("background", "split", "heldout_share", "variants", "join")},
+        "join_least": config.join_least or config.join,
     }
 
 
@@ -208,7 +161,7 @@ def _workers(config: TokenizeConfig) -> int:
     return os.cpu_count() or 1
 
 
-def _results(recipe: Recipe, portions: list[tuple[Line, ...]], workers: int) -> Iterator[ShardResult]:
+def _results(recipe: Recipe, portions: list[tuple[Bundle, ...]], workers: int) -> Iterator[ShardResult]:
     """The result of every portion, in order."""
     workers = min(workers, len(portions))
     if workers == 0:
@@ -226,7 +179,7 @@ def _results(recipe: Recipe, portions: list[tuple[Line, ...]], workers: int) -> 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, portions: Iterable[tuple[Line, ...]], ahead: int) -> Iterator[ShardResult]:
+def _in_order(pool: ProcessPoolExecutor, portions: Iterable[tuple[Bundle, ...]], ahead: int) -> Iterator[ShardResult]:
     waiting = deque()
     for number, portion in enumerate(portions):
         waiting.append(pool.submit(work, number, portion))
@@ -257,7 +210,7 @@ def _progress_bar(show: bool, total: int) -> Iterator[Callable[[int], None]]:
 
 def _write_meta(folder: Path, results: list[ShardResult], made_with: dict) -> None:
     shards = [result.shard for result in results if result.shard is not None]
-    skipped = [fault for result in results for fault in result.skipped]
+    skipped = _skipped(results)
     if not shards:
         raise DataError(f"no line can be used; the first: {skipped[0]}")
     meta = made_with | {
@@ -267,8 +220,11 @@ def _write_meta(folder: Path, results: list[ShardResult], made_with: dict) -> No
         "vision_tokens": sum(result.vision_tokens for result in results),
         "longest": max(result.longest for result in results),
         "skipped": len(skipped),
+        "truncated": sum(result.truncated for result in results),
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
+    if skipped:
+        (folder / SKIPPED).write_text("".join(f"{fault}\n" for fault in skipped), encoding="utf-8")
     (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
@@ -301,5 +257,11 @@ def _report(output: Path, results: list[ShardResult]) -> TokenizeReport:
         examples=sum(result.shard.examples for result in results if result.shard),
         tokens=sum(result.tokens for result in results),
         vision_tokens=sum(result.vision_tokens for result in results),
-        skipped=tuple(fault for result in results for fault in result.skipped),
+        skipped=_skipped(results),
+        truncated=sum(result.truncated for result in results),
     )
+
+
+def _skipped(results: list[ShardResult]) -> tuple[str, ...]:
+    """What was wrong with the lines left out, once each however many examples they were to be in."""
+    return tuple(dict.fromkeys(fault for result in results for fault in result.skipped))

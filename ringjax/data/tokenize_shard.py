@@ -1,40 +1,30 @@
 """One shard of `ringjax tokenize`: from lines to a file of records. Runs in a worker process, or in the caller's."""
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ringjax.data.bundles import Bundle, JoinAs, Line, Part
+from ringjax.data.codes import vision_tokenizer_path
 from ringjax.data.errors import DataError
-from ringjax.data.example import Example, require_usable
+from ringjax.data.example import Example
 from ringjax.data.fields import FieldEncoder, Spec
 from ringjax.data.jsonl import parse_line
 from ringjax.data.pictures import Fit, read_frames
 from ringjax.data.records import Shard, encode_record, write_shard
 from ringjax.data.tokenizers import load_tokenizer
+from ringjax.data.variations import OVERSAMPLE, may_be_mirrored, number_of, vary
 
-# Frames that go through the image tokenizer at once: one compiled shape, and a bound on memory.
-FRAMES_AT_ONCE = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """Where one line lies: bytes `start … stop − 1` of a file; a whole text file has `line_index` None."""
-
-    path: str
-    start: int
-    stop: int
-    line_index: int | None
-
-    @property
-    def place(self) -> str:
-        return self.path if self.line_index is None else f"{self.path} line {self.line_index + 1}"
+# Frames that go through the image tokenizer at once, one compiled shape; and lines whose pictures are in memory, beside
+# as many that are being read.
+AT_ONCE_ON_CPU, AT_ONCE = 32, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +42,13 @@ class Recipe:
     add_bos: bool
     add_eos: bool
     picture_key: str
+    caption_key: str
     fit: Fit
     background: str
+    mirror: bool
+    join_as: JoinAs
+    caption_words: int
+    truncate: bool
     skip_errors: bool
 
 
@@ -66,10 +61,12 @@ class ShardResult:
     vision_tokens: int
     longest: int
     skipped: tuple[str, ...]
+    truncated: int = 0
+    """Texts that were cut."""
 
 
 class ShardWriter:
-    """Tokenizes lines; holds the tokenizers, so that a worker loads them once."""
+    """Tokenizes bundles of lines; holds the tokenizers, so that a worker loads them once."""
 
     def __init__(self, recipe: Recipe, threads: int = 1):
         self._recipe, self._threads = recipe, threads
@@ -84,14 +81,14 @@ class ShardWriter:
         )
         self._vision = None if recipe.vision_tokenizer is None else PictureEncoder(recipe.vision_tokenizer)
 
-    def write(self, number: int, lines: tuple[Line, ...]) -> ShardResult:
+    def write(self, number: int, bundles: tuple[Bundle, ...]) -> ShardResult:
         """Write shard `number`.
 
         Raises:
             DataError: a line cannot be used and errors are not skipped.
         """
-        skipped: list[str] = []
-        examples = list(self._examples(lines, skipped))
+        told = Told()
+        examples = list(self._examples(bundles, told))
         shard = None
         if examples:
             path = Path(self._recipe.folder) / f"{number:05d}.array_record"
@@ -101,25 +98,45 @@ class ShardWriter:
             tokens=sum(map(len, examples)),
             vision_tokens=sum(int(example.modality.sum()) for example in examples),
             longest=max(map(len, examples), default=0),
-            skipped=tuple(skipped),
+            skipped=tuple(told.skipped),
+            truncated=told.truncated,
         )
 
-    def _examples(self, lines: tuple[Line, ...], skipped: list[str]) -> Iterator[Example]:
-        group = FRAMES_AT_ONCE if self._vision else len(lines)
+    def _examples(self, bundles: tuple[Bundle, ...], told: "Told") -> Iterator[Example]:
         with ThreadPoolExecutor(self._threads) as pool:
-            for start in range(0, len(lines), group):
-                some = lines[start : start + group]
-                for line, row in zip(some, self._with_codes(list(pool.map(self._row, some))), strict=True):
+            groups = list(_groups(bundles, self._vision.at_once if self._vision else len(bundles)))
+            # The next group is read from disk while this one is encoded.
+            ahead = self._read(pool, groups[0])
+            for number, group in enumerate(groups):
+                rows = {part: row for future in ahead for part, row in future.result().items()}
+                ahead = self._read(pool, groups[number + 1]) if number + 1 < len(groups) else []
+                self._put_codes(rows)
+                for bundle in group:
                     try:
-                        yield self._example(line, row)
+                        example = self._example(bundle, rows, told)
                     except DataError as error:
                         if not self._recipe.skip_errors:
                             raise
-                        skipped.append(str(error))
+                        told.skip(error)
+                        continue
+                    if example is not None:
+                        yield example
 
-    def _row(self, line: Line) -> dict | DataError:
+    def _read(self, pool: ThreadPoolExecutor, group: Sequence[Bundle]) -> list[Future]:
+        """The rows of all parts of a group, those of one line by one thread: its picture is decoded once."""
+        by_line: dict[Line, dict[Part, None]] = {}
+        for part in (part for bundle in group for part in bundle.parts):
+            by_line.setdefault(part.line, {})[part] = None
+        return [pool.submit(self._rows, tuple(parts)) for parts in by_line.values()]
+
+    def _rows(self, parts: tuple[Part, ...]) -> dict[Part, dict | DataError]:
+        """Of each part of one line its row; or what is wrong with it."""
+        read = functools.cache(functools.partial(self._decoded, parts[0].line))
+        return {part: self._row(part, read) for part in parts}
+
+    def _row(self, part: Part, read: Callable[[str, int], np.ndarray]) -> dict | DataError:
         """The line's object, with `vision` as uint8 frames where it names a picture; or what is wrong with it."""
-        recipe = self._recipe
+        recipe, line = self._recipe, part.line
         try:
             with open(line.path, "rb") as file:
                 file.seek(line.start)
@@ -129,54 +146,148 @@ class ShardWriter:
             row = parse_line(raw, line.place)
             if self._vision is None or recipe.picture_key not in row:
                 return row
-            return row | {"vision": self._frames(row, line)}
+            return row | {"vision": self._frames(row, part, read)}
         except DataError as error:
             return error
 
-    def _frames(self, row: dict, line: Line) -> np.ndarray:
-        recipe, name = self._recipe, row[self._recipe.picture_key]
+    def _frames(self, row: dict, part: Part, read: Callable[[str, int], np.ndarray]) -> np.ndarray:
+        recipe, line, name = self._recipe, part.line, row[self._recipe.picture_key]
         if not isinstance(name, str) or not name:
             raise DataError(f"{line.place}: field {recipe.picture_key!r} must name a picture, not {name!r}")
         if "vision" in row:
             raise DataError(f"{line.place}: both {recipe.picture_key!r} and 'vision' are given; leave one out")
+        frames = read(name, self._vision.resolution * (OVERSAMPLE if part.variant else 1))
+        if not part.variant:
+            return frames
+        rng = np.random.default_rng(number_of(name, line.line_index, part.variant))
+        mirror = recipe.mirror and may_be_mirrored(str(row.get(recipe.caption_key, "")))
+        return vary(frames, rng, background=recipe.background, mirror=mirror)
+
+    def _decoded(self, line: Line, name: str, resolution: int) -> np.ndarray:
+        recipe = self._recipe
+        options = dict(fit=recipe.fit, background=recipe.background, max_frames=recipe.max_frames)
         try:
             return read_frames(
-                Path(line.path).parent / name,
-                self._vision.resolution,
-                channels=self._vision.channels,
-                fit=recipe.fit,
-                background=recipe.background,
-                max_frames=recipe.max_frames,
-            )
+                Path(line.path).parent / name, resolution, channels=self._vision.channels, **options
+            )  # fmt: skip
         except DataError as error:
             raise DataError(f"{line.place}: {error}") from None
 
-    def _with_codes(self, rows: list) -> list:
-        """The rows with frames replaced by their codes, all frames of the group encoded together."""
-        seen = [i for i, row in enumerate(rows) if isinstance(row, dict) and _is_frames(row.get("vision"))]
-        if not seen:
-            return rows
+    def _put_codes(self, rows: dict[Part, dict | DataError]) -> None:
+        """Put codes in place of frames, those of all rows encoded together."""
+        seen = {part: row for part, row in rows.items() if isinstance(row, dict) and _is_frames(row.get("vision"))}
         # By size: with fit "centre" pictures keep theirs.
-        for size in sorted({rows[i]["vision"].shape[1:] for i in seen}):
-            alike = [i for i in seen if _is_frames(rows[i]["vision"]) and rows[i]["vision"].shape[1:] == size]
-            codes = self._vision.encode(np.concatenate([rows[i]["vision"] for i in alike]))
-            stops = np.cumsum([len(rows[i]["vision"]) for i in alike])
-            for i, grids in zip(alike, np.split(codes, stops[:-1]), strict=True):
-                rows[i] = rows[i] | {"vision": grids.reshape(-1)}
-        return rows
+        for size in sorted({row["vision"].shape[1:] for row in seen.values()}):
+            alike = {part: row["vision"] for part, row in seen.items() if row["vision"].shape[1:] == size}
+            codes = self._vision.encode(np.concatenate(list(alike.values())))
+            stops = np.cumsum([len(frames) for frames in alike.values()])
+            for part, grids in zip(alike, np.split(codes, stops[:-1]), strict=True):
+                rows[part] = rows[part] | {"vision": grids.reshape(-1)}
 
-    def _example(self, line: Line, row: dict | DataError) -> Example:
+    def _example(self, bundle: Bundle, rows: dict[Part, dict | DataError], told: "Told") -> Example | None:
+        """The example of a bundle. What is wrong with one of several joined lines leaves out that one."""
+        if len(bundle.parts) == 1:
+            part = bundle.parts[0]
+            return self._encode(self._limited(part, rows[part], told), part, self._encoder)
+        usable: list[tuple[Part, dict]] = []
+        for part in bundle.parts:
+            try:
+                usable.append((part, self._limited(part, rows[part], told)))
+            except DataError as error:
+                if not self._recipe.skip_errors:
+                    raise
+                told.skip(error)
+        if not usable or (bundle.needle is not None and len(usable) < len(bundle.parts)):
+            return None
+        if self._recipe.join_as == "turns":
+            return self._turns(usable, told)
+        place = f"{len(usable)} lines from {usable[0][0].line.place} on"
+        row = as_video([row for _, row in usable], bundle.needle, place)
+        return self._encode(row, usable[0][0], self._encoder, place)
+
+    def _turns(self, usable: list[tuple[Part, dict]], told: "Told") -> Example | None:
+        bare = dataclasses.replace(self._encoder, add_bos=False, add_eos=False)
+        found: list[Example] = []
+        for part, row in usable:
+            try:
+                found.append(self._encode(row, part, bare))
+            except DataError as error:
+                if not self._recipe.skip_errors:
+                    raise
+                told.skip(error)
+        return self._encoder.enclosed(found) if found else None
+
+    def _encode(self, row: dict, part: Part, encoder: FieldEncoder, place: str | None = None) -> Example:
+        return encoder.encode_line(row, self._recipe.fields, part.choose, place or part.line.place)
+
+    def _limited(self, part: Part, row: dict | DataError, told: "Told") -> dict:
+        """The row, with texts beside a picture that are not too long; raises what was wrong with the line."""
         if isinstance(row, DataError):
             raise row
-        return require_usable(
-            self._encoder.encode_line(row, self._recipe.fields, line.line_index or 0, line.place), line.place
-        )
+        if "vision" not in row:
+            return row
+        most, place = self._recipe.caption_words, part.line.place
+        long = {name: text for name, text in row.items() if isinstance(text, str) and len(text.split()) > most}
+        if long and not self._recipe.truncate:
+            name, text = next(iter(long.items()))
+            raise DataError(
+                f"{place}: field {name!r} has {len(text.split())} words, more than caption_words {most}; shorten it,"
+                " raise caption_words, or cut it: long_captions truncate"
+            )
+        told.cut((place, name) for name in long)
+        return row | {name: " ".join(text.split()[:most]) for name, text in long.items()}
+
+
+class Told:
+    """What was wrong with lines: each fault once, however many examples a line is in."""
+
+    def __init__(self) -> None:
+        self.skipped: dict[str, None] = {}
+        self._cut: set[tuple[str, str]] = set()
+
+    def skip(self, error: DataError) -> None:
+        self.skipped.setdefault(str(error))
+
+    def cut(self, fields: Iterable[tuple[str, str]]) -> None:
+        self._cut |= set(fields)
+
+    @property
+    def truncated(self) -> int:
+        """How many fields were cut."""
+        return len(self._cut)
+
+
+def as_video(rows: Sequence[dict], needle: int | None, place: str) -> dict:
+    """One row: the frames of all, and the texts of all joined by "; ", or of the needle alone."""
+    if any("vision" not in row for row in rows):
+        raise DataError(f"{place}: a line without a picture or codes cannot be joined into a video")
+    vision = np.concatenate([np.asarray(row["vision"], np.int64) for row in rows])
+    if needle is not None:
+        return rows[needle] | {"vision": vision}
+    texts = [name for name in rows[0] if all(isinstance(row.get(name), str) for row in rows) and name != "fields"]
+    spec = {"fields": rows[0]["fields"]} if "fields" in rows[0] else {}
+    return {name: "; ".join(row[name] for row in rows) for name in texts} | {"vision": vision} | spec
+
+
+def _groups(bundles: Sequence[Bundle], lines: int) -> Iterator[tuple[Bundle, ...]]:
+    """Bundles of about so many lines together."""
+    group, count = [], 0
+    for bundle in bundles:
+        group.append(bundle)
+        count += len(bundle.parts)
+        if count >= lines:
+            yield tuple(group)
+            group, count = [], 0
+    if group:
+        yield tuple(group)
 
 
 class PictureEncoder:
     """Frames to codes, in batches of one shape."""
 
     def __init__(self, path: str):
+        import jax
+
         from ringjax.models import vqgan
 
         self._model = vqgan.load_vqgan(vision_tokenizer_path(path))
@@ -184,18 +295,12 @@ class PictureEncoder:
         self.resolution, self.channels = self.config.resolution, self.config.channels
         self.fingerprint = vqgan.vqgan_fingerprint(self._model)
         self._encode = vqgan.encode_pictures
+        self.at_once = AT_ONCE_ON_CPU if jax.default_backend() == "cpu" else AT_ONCE
 
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """`[n, h, w]` codes of `[n, H, W]` or `[n, H, W, 3]` uint8 frames."""
-        filled = np.resize(frames, (-len(frames) % FRAMES_AT_ONCE + len(frames), *frames.shape[1:]))
-        return self._encode(self._model, filled, batch_size=FRAMES_AT_ONCE)[: len(frames)]
-
-
-def vision_tokenizer_path(name: str) -> Any:
-    """The file of an image tokenizer; `sample` is the digits' own."""
-    from ringjax.data import samples
-
-    return samples.path("digits_vqgan.safetensors") if name == "sample" else name
+        filled = np.resize(frames, (-len(frames) % self.at_once + len(frames), *frames.shape[1:]))
+        return self._encode(self._model, filled, batch_size=self.at_once)[: len(frames)]
 
 
 def _is_frames(value: object) -> bool:
@@ -236,6 +341,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def work(number: int, lines: tuple[Line, ...]) -> ShardResult:
+def work(number: int, bundles: tuple[Bundle, ...]) -> ShardResult:
     """Write one shard in a worker process."""
-    return _writer.write(number, lines)
+    return _writer.write(number, bundles)

@@ -1,4 +1,4 @@
-"""`ringjax eval needle | ruler | perplexity MODEL`: from options to a report."""
+"""`ringjax eval needle | ruler | perplexity MODEL`: from options to a report; what is about pictures is handed on."""
 
 import dataclasses
 import time
@@ -21,14 +21,18 @@ from ringjax.evaluation.ruler import RulerTask
 from ringjax.evaluation.ruler_qa import read_passages
 from ringjax.evaluation.run_questions import check_questions, run_questions
 from ringjax.evaluation.summary import markdown, summarise
+from ringjax.evaluation.vision_command import VISION_KINDS, run_vision
+from ringjax.evaluation.vision_config import VisionConfig
 from ringjax.inference.text_model import TextModel
+from ringjax.inference.vocabulary import Vocabulary
 from ringjax.interop.published import Published
 from ringjax.interop.runs import open_model
 from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
 from ringjax.training.mesh import make_mesh, simulate_devices
 
-KINDS: Mapping[str, type[EvalConfig]] = {"needle": NeedleConfig, "ruler": RulerConfig, "perplexity": PerplexityConfig}
+_TEXT_KINDS = {"needle": NeedleConfig, "ruler": RulerConfig, "perplexity": PerplexityConfig}
+KINDS: Mapping[str, type[EvalConfig | VisionConfig]] = {**_TEXT_KINDS, **VISION_KINDS}
 # What may differ when an evaluation goes on: the grid can grow, and results do not depend on the mesh.
 _FREE = (
     "model", "output", "lengths", "method", "haystack", "depths", "per_cell", "per_task", "tasks", "qa", "mesh",
@@ -37,17 +41,19 @@ _FREE = (
 )  # fmt: skip
 
 
-def run_eval(config: EvalConfig) -> str:
+def run_eval(config: EvalConfig | VisionConfig) -> str:
     """Asks what was not answered yet, writes the report; gives what to print.
 
     Raises ValueError, FileNotFoundError, NotImplementedError or ImportError before the first question where something
     is wrong or missing.
     """
+    if isinstance(config, VisionConfig):
+        return run_vision(config)
     simulate_devices(config.simulated_devices)
     texts = read_texts(config.haystack)
     methods = _open_model(config)
     haystack = Haystack.of(texts, methods.model.vocabulary, config.repeat_haystack)
-    kind = next(name for name, cls in KINDS.items() if isinstance(config, cls))
+    kind = next(name for name, cls in _TEXT_KINDS.items() if isinstance(config, cls))
     title = f"{kind}: {Path(config.model).stem}"
     asked = {"evaluation": kind, **_asked(config, texts, methods.model)}
     if isinstance(config, QuestionConfig):
@@ -70,7 +76,9 @@ def run_eval(config: EvalConfig) -> str:
 
 def run_perplexity(config: PerplexityConfig, methods: Methods, haystack: Haystack, results: Results) -> None:
     """The losses of all rows that `results` do not hold yet."""
-    bos_id = methods.model.vocabulary.bos_id
+    # A run and the model that it began with are measured on the same tokens: rows begin as the tokenizer has texts
+    # begin, whatever the run's examples did.
+    bos_id = Vocabulary.of(dataclasses.replace(_opened(config), begins=None)).bos_id
     rows = {length: cut_rows(haystack, length, config.rows, bos_id) for length in config.lengths}
     todo = [(length, name) for length in config.lengths for name in config.method]
     done = sum(results.has(n, Cell("perplexity", t, None, i)) for t, n in todo for i in range(len(rows[t])))
@@ -85,7 +93,8 @@ def run_perplexity(config: PerplexityConfig, methods: Methods, haystack: Haystac
                 sums, counts = losses([row for _, row in some])
                 seconds = (time.perf_counter() - start) / len(some)
                 for (cell, row), row_sums, row_counts in zip(some, sums, counts):
-                    line = record(name, cell, row, row_sums, row_counts, seconds) | {"compiled": first == 0}
+                    text = methods.model.vocabulary.decode(row.targets)
+                    line = record(name, cell, row, text, row_sums, row_counts, seconds) | {"compiled": first == 0}
                     results.add(line)
                     shown.step(f"{name} {length}", f"loss {line['loss']:.4f}")
 

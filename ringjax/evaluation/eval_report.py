@@ -11,7 +11,7 @@ from ringjax.evaluation.pictures import draw
 from ringjax.evaluation.results import Results
 from ringjax.evaluation.summary import Record, by_bucket, markdown, summarise, table
 
-_STYLE = (
+STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.25em .6em;text-align:right}"
     "th{background:#f3f3f3}img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto}"
@@ -53,25 +53,28 @@ def _page(title: str, lines, pictures: Sequence[Path], records: Sequence[Record]
     head, rows = table(lines)
     parts = [
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>",
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>",
-        _html_table(head, rows),
-        *(f"<p><img alt='{path.stem}' src='data:image/png;base64,{_base64(path)}'></p>" for path in pictures),
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>",
+        html_table(head, rows),
+        *map(html_picture, pictures),
     ]
     missed = [record for record in records if record.get("score", 1) < 1][:_SHOWN]
     if missed:
         shown = [[r["method"], r["part"], str(r["length"]), "-" if r["depth"] is None else f"{r['depth']:g} %",
                   ", ".join(r["answers"]), r["text"][:200]] for r in missed]  # fmt: skip
         parts += ["<h2>Answers that miss something</h2>"]
-        parts += [_html_table(["method", "task", "length", "depth", "expected", "answer"], shown)]
+        parts += [html_table(["method", "task", "length", "depth", "expected", "answer"], shown)]
     parts += ["<h2>What was asked</h2>", f"<pre>{html.escape(json.dumps(asked, indent=1))}</pre></html>\n"]
     return "\n".join(parts)
 
 
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of words, escaped."""
     cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)  # noqa: E731
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f"<table><tr>{cells(head, 'th')}</tr>{body}</table>"
 
 
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
+def html_picture(path: Path) -> str:
+    """A picture inside the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f"<p><img alt='{path.stem}' src='data:image/png;base64,{data}'></p>"

@@ -4,13 +4,14 @@
     loss       −log p(token | the tokens of the row before it), nats
     bucket b   the mean loss of positions b·length/buckets … (b+1)·length/buckets
     perplexity exp(mean loss)
+    bits/byte  Σ loss / (ln 2 · bytes of the text): comparable between tokenizers, as nats a character are
 
 Logits exist for a few tokens at a time.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,10 +101,13 @@ def _bucket_sums(
     return jax.vmap(lambda losses, places: jax.ops.segment_sum(losses, places, buckets))(nll, bucket[positions])
 
 
-def record(method: str, cell: Cell, row: Row, sums: np.ndarray, counts: np.ndarray, seconds: float) -> dict:
-    """A line of the results."""
+def record(
+    method: str, cell: Cell, row: Row, text: str, sums: np.ndarray, counts: np.ndarray, seconds: float
+) -> dict[str, Any]:
+    """A line of the results; `text` is that of the row's targets (a character that is cut at an end counts as one)."""
     return {
         "method": method, **cell._asdict(), "document": row.document, "tokens": int(counts.sum()),
         "loss": float(sums.sum() / counts.sum()), "losses": [round(float(x), 6) for x in sums],
-        "counts": counts.tolist(), "seconds": round(seconds, 4),
+        "counts": counts.tolist(), "characters": len(text), "bytes": len(text.encode("utf-8")),
+        "seconds": round(seconds, 4),
     }  # fmt: skip

@@ -34,7 +34,7 @@ def draw_heat_map(path: Path, records: Sequence[Record], title: str) -> Path:
     down = math.ceil(len(methods) / across)
     lengths, rows = (max(len(found[i]) for found in grids) for i in (1, 0))
     width, height = across * (2.4 + 0.75 * lengths), down * (1.6 + 0.42 * rows)
-    figure = _figure(max(width, 5), max(height, 3))
+    figure = new_figure(max(width, 5), max(height, 3))
     colours = LinearSegmentedColormap.from_list("needle", COLOURS)
     places = figure.subplots(down, across, squeeze=False).ravel()
     for axes, method, found in zip(places, methods, grids):
@@ -42,7 +42,7 @@ def draw_heat_map(path: Path, records: Sequence[Record], title: str) -> Path:
     for axes in places[len(methods) :]:
         axes.set_axis_off()
     figure.colorbar(image, ax=list(places), label="score", shrink=0.8)
-    return _save(figure, path, title)
+    return save_figure(figure, path, title)
 
 
 def _draw_map(axes, method: str, rows: list, lengths: list[int], values: np.ndarray, colours, deep: bool):
@@ -60,7 +60,7 @@ def _draw_map(axes, method: str, rows: list, lengths: list[int], values: np.ndar
 
 def draw_lines(path: Path, records: Sequence[Record], title: str) -> Path:
     """Mean score over the context length, a line a method."""
-    figure = _figure(7, 4)
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     for method in dict.fromkeys(record["method"] for record in records):
         lines = summarise({**record, "part": ""} for record in records if record["method"] == method)
@@ -72,12 +72,12 @@ def draw_lines(path: Path, records: Sequence[Record], title: str) -> Path:
     axes.set(xlabel="context length", ylabel="score", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
     axes.legend()
-    return _save(figure, path, title)
+    return save_figure(figure, path, title)
 
 
 def draw_losses(path: Path, records: Sequence[Record], title: str) -> Path:
     """Mean loss of a token over its position, a line a method and length."""
-    figure = _figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     groups: dict[tuple, list[Record]] = {}
     for record in records:
@@ -90,7 +90,7 @@ def draw_losses(path: Path, records: Sequence[Record], title: str) -> Path:
     axes.set(xlabel="position in the context", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    return _save(figure, path, title)
+    return save_figure(figure, path, title)
 
 
 def short(length: int) -> str:
@@ -103,8 +103,8 @@ def short(length: int) -> str:
     return str(length)
 
 
-def _figure(width: float, height: float):
-    # The object interface, not pyplot: no global state, no display.
+def new_figure(width: float, height: float):
+    """An empty figure, by the object interface: pyplot has global state and wants a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -113,7 +113,8 @@ def _figure(width: float, height: float):
     return figure
 
 
-def _save(figure, path: Path, title: str) -> Path:
+def save_figure(figure, path: Path, title: str) -> Path:
+    """Writes a figure under its title."""
     figure.suptitle(title, fontsize=11)
     figure.savefig(path)
     return path

@@ -24,6 +24,12 @@ class Line(NamedTuple):
     """Tokens of the prompt that the model read, mean."""
     cache_bytes: int | None
     peak_bytes: int | None
+    token_loss: float | None = None
+    """Perplexity: nats a token."""
+    character_loss: float | None = None
+    """Nats a character of the text."""
+    byte_bits: float | None = None
+    """Bits a byte of the text."""
 
 
 def summarise(records: Iterable[Record]) -> list[Line]:
@@ -41,8 +47,19 @@ def _line(key: tuple, records: list[Record]) -> Line:
     warm = [record for record in records if not record.get("compiled")] or records
     return Line(
         *key, len(records), mean_score(records), _mean(warm, "first_seconds"), _mean(warm, "seconds"),
-        _mean(records, "tokens"), _most(records, "cache_bytes"), _most(records, "peak_bytes"),
+        _mean(records, "tokens"), _most(records, "cache_bytes"), _most(records, "peak_bytes"), *_losses(records),
     )  # fmt: skip
+
+
+def _losses(records: Sequence[Record]) -> tuple[float | None, ...]:
+    """Nats a token, nats a character, bits a byte; None where they were not measured."""
+    if "losses" not in records[0]:
+        return None, None, None
+    nats, tokens = (sum(np.asarray(record[name], float).sum() for record in records) for name in ("losses", "counts"))
+    # Results of earlier versions do not say how long their text was.
+    lengths = [sum(record.get(name) or math.nan for record in records) for name in ("characters", "bytes")]
+    characters, bits = (nats / length if math.isfinite(length) else None for length in lengths)
+    return nats / tokens, characters, None if bits is None else bits / math.log(2)
 
 
 def mean_score(records: Sequence[Record]) -> float:
@@ -79,6 +96,9 @@ def table(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
         ("length", lambda line: str(line.length)),
         ("method", lambda line: line.method),
         ("perplexity", lambda line: f"{line.score:.2f}" if perplexity else None),
+        ("nats a token", lambda line: _shown(line.token_loss)),
+        ("nats a character", lambda line: _shown(line.character_loss)),
+        ("bits a byte", lambda line: _shown(line.byte_bits)),
         ("score", lambda line: None if perplexity else f"{line.score:.0%}"),
         ("rows" if perplexity else "questions", lambda line: str(line.count)),
         ("tokens read", lambda line: f"{line.read:.0f}"),
@@ -104,6 +124,10 @@ def _mean(records: Sequence[Record], name: str) -> float | None:
 
 def _most(records: Sequence[Record], name: str) -> int | None:
     return max((record[name] for record in records if record.get(name) is not None), default=None)
+
+
+def _shown(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
 
 
 def _seconds(value: float | None) -> str | None:

@@ -19,8 +19,8 @@ class GenerateConfig(OnMesh):
     """Go on with a text, answer about pictures (--image), draw (--draw), or write text and pictures (--interleaved)."""
 
     run_dir: str
-    """The folder of a run that `ringjax train` made, a Hugging Face folder (LLaVA-1.5 too), a .gguf file, or an LWM
-    stream (.msgpack)."""
+    """The folder of a run that `ringjax train` made or `ringjax convert` wrote, `sample:any-to-any`, a Hugging Face
+    folder (LLaVA-1.5 too), a .gguf file, or an LWM stream (.msgpack)."""
     prompt: str = ""
     """The words to begin with, or to draw."""
     prompt_file: str | None = None

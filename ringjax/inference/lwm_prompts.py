@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from ringjax.data.example import Example
+from ringjax.data.example import Example, see_whole_frames
 from ringjax.data.tokenizers import VISION_END, VISION_START, TextTokenizer
 from ringjax.inference.prompts import append_text, append_vision, text_prompt
 from ringjax.inference.sampling import Sampling
@@ -45,6 +45,8 @@ class LwmPrompts:
     tokenizer: TextTokenizer
     codes_per_frame: int = 256
     end_of_frame: int = 8192
+    bidirectional: bool = False
+    """Whether the tokens of a frame that is looked at see all of it, as the run was trained."""
 
     def text(self, question: str) -> Example:
         """A question."""
@@ -57,6 +59,8 @@ class LwmPrompts:
             prompt = append_text(prompt, self.tokenizer.marker(VISION_START))
             prompt = append_vision(prompt, clip, self.end_of_frame)
             prompt = append_text(prompt, self.tokenizer.marker(VISION_END))
+        if self.bidirectional:
+            prompt = see_whole_frames(prompt, self.end_of_frame)
         return append_text(prompt, self.tokenizer.encode(ANSWER))
 
     def picture(self, words: str) -> Example:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from ringjax.data.codes import SAMPLE, vision_tokenizer_path
 from ringjax.data.config import DataConfig
 from ringjax.data.example import Example
 from ringjax.data.pictures import Fit
@@ -21,12 +22,13 @@ from ringjax.inference.pieces import Piece, Text
 from ringjax.inference.run_prompts import RunPrompts
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.stop_tokens import stop_token_ids
+from ringjax.interop.release import is_release, load_release
 from ringjax.interop.runs import Checkpoint
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
-from ringjax.models.vqgan import VQGAN, decode_pictures, encode_pictures, load_vqgan
+from ringjax.models.vqgan import VQGAN, decode_pictures, encode_pictures, load_vqgan, vqgan_fingerprint
+from ringjax.training.run_folder import CODES_OF
 
-SAMPLE = "sample"
 _ONE_DEVICE = Parallel()
 _LIKELIEST = Sampling(temperature=0)
 _DIGIT_PIXELS = 28
@@ -48,6 +50,8 @@ class TrainedRun:
     """A VQGAN .safetensors, or `sample` for the digits' own; None: `sample` where the run was trained on the digits."""
     prompt_form: PromptForm = "own"
     """How the model is asked: as it was trained here, or in LWM's words (`ringjax.inference.lwm_prompts`)."""
+    codes_of: str | None = None
+    """The fingerprint of the image tokenizer that it was trained with; None: not known."""
 
     @classmethod
     def load(
@@ -59,12 +63,19 @@ class TrainedRun:
         image_tokenizer: str | None = None,
         prompt_form: PromptForm = "own",
     ) -> "TrainedRun":
-        """The last whole checkpoint of a run, or of its `stage`.
+        """The last whole checkpoint of a run, or of its `stage`; or a released model (`ringjax.interop.release`).
 
-        Raises CheckpointError where there is none, FileNotFoundError where there is no such folder.
+        Raises CheckpointError where there is none, FileNotFoundError where there is no such folder, ValueError for a
+        stage of a released model.
         """
+        if is_release(run_dir):
+            if stage is not None:
+                raise ValueError(f"stage {stage!r} is for a run, and {run_dir} is a released model; leave it out")
+            released = load_release(run_dir, parallel)
+            return cls(released.model, released.data, parallel, image_tokenizer, prompt_form, released.codes_of)
         found = Checkpoint.find(run_dir, stage)
-        return cls(found.load(parallel=parallel), found.data, parallel, image_tokenizer, prompt_form)
+        codes_of = found.info.get("notes", {}).get(CODES_OF)
+        return cls(found.load(parallel=parallel), found.data, parallel, image_tokenizer, prompt_form, codes_of)
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -74,21 +85,25 @@ class TrainedRun:
     @functools.cached_property
     def vqgan(self) -> VQGAN:
         """The image tokenizer. Raises ValueError where none is named, or it does not fit the run."""
-        from ringjax.data import samples
-
         self.require_vision()
-        name = self.image_tokenizer
+        name = self.image_tokenizer or self.data.vision_tokenizer
         if name is None and any(source.path == "sample:digits" for source in self.data.sources):
             name = SAMPLE
         if name is None:
             raise ValueError("the run does not say which image tokenizer made its codes; name it: --image_tokenizer")
-        model = load_vqgan(samples.path("digits_vqgan.safetensors") if name == SAMPLE else name)
+        model = load_vqgan(vision_tokenizer_path(name))
         config = model.config
         if config.codes_per_picture != self.data.codes_per_frame or config.codes > self.data.vision_codes:
             raise ValueError(
                 f"image tokenizer {name!r} has {config.codes_per_picture} codes a picture of {config.codes} and the run"
                 f" was trained with codes_per_frame {self.data.codes_per_frame} and vision_codes"
                 f" {self.data.vision_codes}; name the one that made its data"
+            )
+        made = vqgan_fingerprint(model)
+        if self.codes_of not in (None, made):
+            raise ValueError(
+                f"image tokenizer {name!r} ({made[:12]}) is not the one that made the codes of the run's data"
+                f" ({self.codes_of[:12]}): it would show and see something else; name that one"
             )
         return model
 
@@ -97,7 +112,8 @@ class TrainedRun:
         """Words and pictures in the form that the model knows."""
         if self.prompt_form == "own":
             return RunPrompts(self.tokenizer, self.data)
-        return LwmPrompts(self.tokenizer, self.data.codes_per_frame, self.data.vision_codes)
+        data = self.data
+        return LwmPrompts(self.tokenizer, data.codes_per_frame, data.vision_codes, data.bidirectional_frames)
 
     def continue_text(
         self, texts: Sequence[str], *, max_new_tokens: int, sampling: Sampling, stop_tokens: Sequence[str] = ()

@@ -4,7 +4,9 @@
     TARGET   the name of a Hugging Face folder, or of an LWM stream (….msgpack); with --adapter true that of a folder
              with the adapters alone of a run with `lora`, in PEFT's form
 
-and LWM's VQGAN, a pickle that is read without being executed, to the .safetensors that `--image_tokenizer` takes.
+A run that knows pictures goes into a folder with its tokenizers (release.py), or as text alone (`--text_only`). And
+LWM's VQGAN, a pickle that is read without being executed, to the .safetensors that `--image_tokenizer` takes; such a
+file to one in bfloat16.
 """
 
 import dataclasses
@@ -21,9 +23,10 @@ from ringjax.interop.hf import save_hf
 from ringjax.interop.load import load_params
 from ringjax.interop.peft import WEIGHTS, save_adapter
 from ringjax.interop.published import is_published, open_published
+from ringjax.interop.release import save_release
 from ringjax.interop.runs import Checkpoint, is_run
 from ringjax.models.transformer import Transformer
-from ringjax.models.vqgan import save_vqgan
+from ringjax.models.vqgan import load_vqgan, save_vqgan
 
 LWM_SUFFIX, VQGAN_SUFFIX = ".msgpack", ".safetensors"
 
@@ -83,10 +86,12 @@ def run_convert(config: ConvertConfig) -> str:
     if config.adapter:
         return _write_adapter(config, target)
     if target.suffix == VQGAN_SUFFIX:
-        from ringjax.interop.pickled import load_vqgan_pickle
-
-        save_vqgan(load_vqgan_pickle(config.source), target)
-        return f"{config.source} -> {target}: LWM's VQGAN, float32"
+        return _write_vqgan(config, target)
+    if _is_whole(config, target):
+        found = Checkpoint.find(config.source, config.stage)
+        save_release(found, target, dtype=config.dtype)
+        size = sum(file.stat().st_size for file in target.rglob("*"))
+        return f"{config.source} -> {target}: text and pictures with their tokenizers, {size / 1e6:.1f} MB"
     source = _read(config)
     model, what = source.model, f"{config.source} -> {target}"
     if config.text_only and model.vte is not None:
@@ -106,14 +111,32 @@ def run_convert(config: ConvertConfig) -> str:
     return f"{what}: a Hugging Face folder, {config.dtype}, {total / 2**30:.2f} GiB in {len(files)} file(s)"
 
 
+def _is_whole(config: ConvertConfig, target: Path) -> bool:
+    """Whether text and pictures go into a folder together: a run that knows both, not into a form of others'."""
+    if not is_run(config.source) or config.text_only or target.suffix == LWM_SUFFIX:
+        return False
+    return Checkpoint.find(config.source, config.stage).config.vision_vocab_size > 0
+
+
+def _write_vqgan(config: ConvertConfig, target: Path) -> str:
+    if Path(config.source).suffix == VQGAN_SUFFIX:
+        save_vqgan(load_vqgan(config.source), target, dtype=config.dtype)
+        return f"{config.source} -> {target}: an image tokenizer, {config.dtype}"
+    from ringjax.interop.pickled import load_vqgan_pickle
+
+    save_vqgan(load_vqgan_pickle(config.source), target)
+    return f"{config.source} -> {target}: LWM's VQGAN, float32"
+
+
 def _check_options(config: ConvertConfig, source: Path, target: Path) -> None:
     """Raises ValueError for an option that says nothing about this conversion: it would be ignored."""
     vqgan = target.suffix == VQGAN_SUFFIX
     from_stream, to_stream = _is_stream(source) and not vqgan, target.suffix == LWM_SUFFIX
     from_run, adapter = is_run(source), config.adapter
+    folder = not (vqgan or to_stream or adapter or _is_whole(config, target))
     used = {
-        "dtype": not vqgan, "shard_gib": not (vqgan or to_stream or adapter), "text_only": not (vqgan or adapter),
-        "heads": from_stream, "rope_theta": from_stream, "context": not (vqgan or to_stream), "scanned": to_stream,
+        "dtype": not vqgan or source.suffix == VQGAN_SUFFIX, "shard_gib": folder, "text_only": not (vqgan or adapter),
+        "heads": from_stream, "rope_theta": from_stream, "context": folder or adapter, "scanned": to_stream,
         "stage": from_run, "adapter": from_run and not to_stream,
     }  # fmt: skip
     defaults = {field.name: field.default for field in dataclasses.fields(config)}

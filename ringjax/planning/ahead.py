@@ -4,6 +4,8 @@
     compiled = ring_program(mesh, seq_len=65536, heads=16, kv_heads=8).compile()
     compiled.memory_analysis()                       # bytes on each chip
     hlo.Program(compiled.as_text()).transfers()      # what each rotation is hidden behind
+
+    training_program(stage, slice_devices("v4:8x8x16")).compile()     # the step of `ringjax train`, for 1024 chips
 """
 
 import importlib.util
@@ -15,6 +17,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ringjax as rj
+from ringjax.data.packing import empty_batch
+from ringjax.models.parallel import Parallel
+from ringjax.training.config import StageConfig
+from ringjax.training.distributed import BATCH_SPEC
+from ringjax.training.mesh import make_mesh
+from ringjax.training.step import make_trainer
 
 # libtpu otherwise looks for a TPU's metadata, which takes minutes to fail, and locks out other processes.
 QUIET = {
@@ -25,26 +33,48 @@ QUIET = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
+# A v4 chip has two cores; joined into one they are one device, as on real slices.
+MEGACORE = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
 
 
-def slice_mesh(topology: str) -> Mesh:
-    """The chips of a slice such as 'v5e:2x4', 'v5p:2x2x2' or 'v6e:2x4' in a ring, along the mesh axis 'sp'.
+def slice_devices(topology: str) -> list:
+    """The chips of a slice such as 'v4:4x4x4', 'v5e:2x4', 'v5p:2x2x2', 'v6e:2x4' or 'tpu7x:2x2x1' (two devices a chip).
 
     They are descriptions: programs can be compiled for them, not run. Raises ModuleNotFoundError without libtpu,
     ValueError for a slice that does not exist.
     """
-    from jax.experimental import mesh_utils, topologies
+    from jax.experimental import topologies
 
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError("compiling for TPU needs libtpu; pip install 'ringjax[tpu]'", name="libtpu")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    options = MEGACORE if topology.startswith("v4:") else {}
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"no TPU slice {topology!r}: {reason}; use one such as 'v5e:2x4' or 'v5p:2x2x2'") from None
+
+
+def slice_mesh(topology: str) -> Mesh:
+    """The chips of a slice in a ring, along the mesh axis 'sp'; raises as `slice_devices`."""
+    from jax.experimental import mesh_utils
+
+    devices = slice_devices(topology)
     return Mesh(mesh_utils.create_device_mesh((len(devices),), devices=devices), ("sp",))
+
+
+def training_program(stage: StageConfig, devices: list, steps: int | None = None) -> jax.stages.Lowered:
+    """The step of `ringjax train` for a stage on `devices`, which may be descriptions, ready to `.compile()`."""
+    mesh = make_mesh(stage.mesh.shape, devices)
+    parallel = Parallel(mesh, stage.mesh.layout, stage.mesh.strategy, stage.mesh.backend)
+    training = stage.training
+    trainer = make_trainer(stage.model, stage.optimizer, parallel, steps=steps or training.steps, start=0)
+    rows = training.batch_size // training.accumulation
+    place, shape = NamedSharding(mesh, BATCH_SPEC), (training.accumulation, rows, training.seq_len)
+    batch = {name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=place) for name, x in empty_batch(1, 1).items()}
+    return trainer.step.lower(trainer.abstract, batch)
 
 
 def ring_program(

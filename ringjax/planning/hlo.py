@@ -66,12 +66,16 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """One `collective-permute`, run `times` times; `behind` are the instructions with matrix products meanwhile."""
+    """One `collective-permute`, run `times` times; `behind` are the instructions with matrix products meanwhile.
+
+    XLA makes permutes of gathered weights too: `scope` says where one comes from, "ring/rotate" for rotations.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     times: int
     behind: tuple[Instruction, ...]
+    scope: str = ""
 
     @property
     def hidden(self) -> bool:
@@ -132,12 +136,11 @@ class Program:
             schedule = self.computations[name]
             for place, instruction in enumerate(schedule):
                 if instruction.operation == "collective-permute":
-                    found.append(Transfer(*arrays(instruction.type)[0], times, ()))
+                    found.append(Transfer(*arrays(instruction.type)[0], times, (), instruction.scope))
                 elif instruction.operation == "collective-permute-start":
                     meanwhile = self._until_done(schedule, place)
-                    found.append(
-                        Transfer(*arrays(instruction.type)[0], times, tuple(filter(self.computes, meanwhile)))
-                    )
+                    behind = tuple(filter(self.computes, meanwhile))
+                    found.append(Transfer(*arrays(instruction.type)[0], times, behind, instruction.scope))
         return found
 
     def computes(self, instruction: Instruction) -> bool:

@@ -5,7 +5,6 @@ bring their own light card with them, so they read the same on a light and on a 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,15 +12,17 @@ import numpy as np
 from ringjax.attention import layouts
 from ringjax.attention.reach import Reach
 from ringjax.planning import work
+from ringjax.planning.card import CARD, DEVICES, INK, LINE, QUIET
+from ringjax.planning.card import figure as _figure
+from ringjax.planning.card import heading as _heading
+from ringjax.planning.card import no_frame as _no_frame
+from ringjax.planning.card import save as save
 from ringjax.planning.traffic import Traffic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CARD, INK, QUIET, LINE = "#fbfaf7", "#22252b", "#6b7078", "#d9d6cf"
-# Told apart by people with any colour vision when neighbours, and white text reads on all of them.
-DEVICES = ("#2f6db3", "#c8553d", "#3c8d5f", "#8a5bb0", "#a8791b", "#1f8a99", "#b0457e", "#6a6f4a")
 WORK = ("#f3efe6", "#cfe0ea", "#7fb0d0", "#2f6db3", "#173f70")
 SAID = {
     "contiguous": "one piece of the sequence each",
@@ -138,45 +139,6 @@ def draw_traffic(named: dict[str, Traffic]) -> "Figure":
     return figure
 
 
-def save(figure: "Figure", path: str | Path) -> Path:
-    """Write `figure` as a PNG of few colours: small, and the same bytes for the same figure."""
-    import io
-
-    from PIL import Image
-
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=160)
-    drawn.seek(0)
-    image = Image.open(drawn).convert("RGBA")
-    # The corners outside the card stay transparent: FASTOCTREE is the palette method that keeps alpha.
-    image.quantize(128, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)
-    return Path(path)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    """An empty card with round corners. No pyplot: no global state, no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import FancyBboxPatch
-
-    figure = Figure(figsize=(width, height), facecolor="none", dpi=110)
-    FigureCanvasAgg(figure)
-    edge, radius = 0.03, 0.16
-    card = FancyBboxPatch(
-        (edge + radius, edge + radius), width - 2 * (edge + radius), height - 2 * (edge + radius),
-        boxstyle=f"round,pad={radius}", facecolor=CARD, edgecolor=LINE, linewidth=1,
-        transform=figure.dpi_scale_trans, zorder=-10,
-    )  # fmt: skip
-    figure.add_artist(card)
-    return figure
-
-
-def _heading(figure: "Figure", text: str, said: str) -> None:
-    inches = figure.get_figheight()
-    figure.text(0.02, 1 - 0.28 / inches, text, color=INK, fontsize=12.5, fontweight="bold", va="center")
-    figure.text(0.02, 1 - 0.52 / inches, said, color=QUIET, fontsize=9.5, va="center")
-
-
 def _panels(figure: "Figure", count: int) -> "Sequence[Axes]":
     top = 1 - 1.22 / figure.get_figheight()
     columns = min(count, 4)
@@ -189,13 +151,6 @@ def _bare(place: "Axes", x: tuple[float, float], y: tuple[float, float]) -> None
     place.set_xlim(*x)
     place.set_ylim(*y)
     place.set_axis_off()
-
-
-def _no_frame(place: "Axes") -> None:
-    place.set_facecolor("none")
-    place.tick_params(length=0, labelsize=8, labelcolor=QUIET)
-    for spine in place.spines.values():
-        spine.set_visible(False)
 
 
 def _title(place: "Axes", name: str, said: str, centre: bool = False) -> None:

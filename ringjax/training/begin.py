@@ -25,11 +25,15 @@ from ringjax.training.task import Task, Trains
 
 
 class Begun(NamedTuple):
-    """Parameters where they live, what to say about them, and what they are: `{"path", "fingerprint"}`."""
+    """Parameters where they live, what to say about them, and what they are: `{"path", "fingerprint"}`.
+
+    `notes` is what their checkpoint says of its data.
+    """
 
     params: Any
     said: list[str]
     identity: dict[str, str]
+    notes: dict[str, Any]
 
 
 def begin_from(config: RunConfig, task: Task, trainer: Trains, mesh: Mesh, open_start: OpenStart | None) -> Begun:
@@ -41,12 +45,12 @@ def begin_from(config: RunConfig, task: Task, trainer: Trains, mesh: Mesh, open_
     start = task.open_start(path, open_start)
     if start is not None:
         params, said = task.first_params(start, mesh, config.seed)
-        return Begun(params, said, {"path": path, "fingerprint": start.fingerprint})
+        return Begun(params, said, {"path": path, "fingerprint": start.fingerprint}, {})
     said: list[str] = []
     found = distributed.same_on_all(lambda: _last(path, config.checkpoint.verify, said))
     if found is None:
         raise CheckpointError(f"init_from {path} holds no whole checkpoint; give a run's folder")
-    folder, parameters, fingerprint, alone = found
+    folder, parameters, fingerprint, alone, notes = found
     if alone:
         raise CheckpointError(
             f"init_from {path} is a run of adapters alone: merge them into their model first (ringjax convert {path}"
@@ -55,7 +59,7 @@ def begin_from(config: RunConfig, task: Task, trainer: Trains, mesh: Mesh, open_
     base = task.base(trainer)
     check_same_arrays(parameters, describe_arrays(base), folder)
     params = load_arrays(Path(folder), "params", base)
-    return Begun(params, [*said, f"parameters from {folder}"], {"path": path, "fingerprint": fingerprint})
+    return Begun(params, [*said, f"parameters from {folder}"], {"path": path, "fingerprint": fingerprint}, notes)
 
 
 def check_same_base(saved: dict[str, str], found: dict[str, str]) -> None:
@@ -69,4 +73,7 @@ def check_same_base(saved: dict[str, str], found: dict[str, str]) -> None:
 
 def _last(path: str, verify: bool, said: list[str]) -> list | None:
     found = last_whole(Path(path) / FOLDER, verify, said.append)
-    return None if found is None else [str(found[0]), found[1]["parameters"], digest_of(found[0]), "base" in found[1]]
+    if found is None:
+        return None
+    where, info = found
+    return [str(where), info["parameters"], digest_of(where), "base" in info, info.get("notes", {})]

@@ -282,6 +282,12 @@ def restore_params(path: Path, info: dict[str, Any], model: Any, parallel: Any =
     return nnx.merge(graph, load_arrays(path, "params", placed(abstract, parallel)))
 
 
+def read_notes(run_dir: str | Path) -> dict[str, Any]:
+    """What the last whole checkpoint of a run says of its data, empty where there is none; no file but its list."""
+    found = last_whole(Path(run_dir).absolute() / FOLDER, verify=False, say=lambda line: None)
+    return {} if found is None else found[1].get("notes", {})
+
+
 def placed(abstract: Any, parallel: Any) -> Any:
     """Abstract parameters with their places: those of `parallel`, or the first device."""
     if parallel is None or parallel.mesh is None:

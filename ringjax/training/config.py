@@ -90,6 +90,9 @@ class OptimizerConfig:
     """Decay of the weights, norms and biases excluded."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient, 0: no clipping."""
+    vision_rate: float = 1.0
+    """Learning rate of the tables of pictures (vte, vision_head) over that of everything else: above 1 where they are
+    new and the rest was trained before."""
     carry: bool = True
     """Whether a stage keeps the moments of the stage before it."""
 
@@ -99,6 +102,7 @@ class OptimizerConfig:
             0 <= self.min_learning_rate <= self.learning_rate,
             f"min_learning_rate {self.min_learning_rate} must lie between 0 and learning_rate {self.learning_rate}",
         )
+        _require(0 < self.vision_rate < math.inf, f"vision_rate is {self.vision_rate}; it must be above 0")
         for name in ("b1", "b2"):
             _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
         for name in ("warmup_steps", "weight_decay", "clip_norm", "eps"):

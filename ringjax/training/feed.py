@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ringjax.data.loader import make_loader, merge_states
-from ringjax.data.sources import open_sources
+from ringjax.data.sources import codes_of, open_sources
 from ringjax.data.tokenizers import load_tokenizer
 from ringjax.training.config import RunConfig, StageConfig
 from ringjax.training.distributed import gather_json, place_batch, row_group
@@ -96,6 +96,7 @@ def check_stage_data(stage: StageConfig) -> None:
             f"tokenizer {stage.data.tokenizer!r} has {size} ids and model.vocab_size is {stage.model.vocab_size};"
             f" set it to {size} or more"
         )
-    open_sources(stage.data, "train")
+    sources, _ = open_sources(stage.data, "train")
     if stage.training.eval_every:
-        open_sources(stage.data, "heldout")
+        held_out, _ = open_sources(stage.data, "heldout")
+        codes_of([*sources, *held_out], stage.data)

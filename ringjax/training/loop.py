@@ -50,12 +50,24 @@ def train(config: RunConfig | TokenizerRun, open_start: OpenStart | None = None)
     tasks = make_tasks(config)
     check_tasks(tasks, lambda task: task.check_devices(len(jax.devices())))
     check_tasks(tasks, lambda task: task.check_data())
+    _check_notes(tasks)
     with Run(config, tasks, open_start) as run, StopSignals() as signals, _debug(config):
         run.begin()
         for index in range(run.first_stage, len(config.stage_list)):
             run.stage(index, signals)
         run.finish()
     return run.folder
+
+
+def _check_notes(tasks: Sequence[Task]) -> None:
+    """That each stage can go on from the one before it, found at the start and not after a week."""
+    notes: dict[str, Any] = {}
+
+    def check(task: Task) -> None:
+        nonlocal notes
+        notes = task.noted(notes, "a stage before it")
+
+    check_tasks(tasks, check)
 
 
 @contextlib.contextmanager
@@ -87,6 +99,7 @@ class Run(contextlib.AbstractContextManager):
         self.base: dict[str, str] | None = None
         self.resumed: tuple[Path, dict[str, Any]] | None = None
         self.first_stage = 0
+        self.notes: dict[str, Any] = {}
 
     def __exit__(self, *error):
         try:
@@ -164,8 +177,12 @@ class Run(contextlib.AbstractContextManager):
     def _enter(self, trainer: Trains, task: Task, start: int) -> TrainState:
         """The state at the beginning of a stage: restored, carried over from the stage before, or new."""
         if self.resumed is None:
-            return self._first_state(trainer, task) if self.state is None else self._carry(trainer, task, self.state)
+            if self.state is None:
+                return self._first_state(trainer, task)
+            self.notes = task.noted(self.notes, "the stage before")
+            return self._carry(trainer, task, self.state)
         (path, info), self.resumed = self.resumed, None
+        self.notes = task.noted(info.get("notes", {}), str(path))
         abstract = trainer.abstract
         check_same_arrays(info["parameters"], describe_arrays(abstract.params), str(path))
         params, frozen = load_arrays(path, "params", abstract.params), self._frozen(trainer, task, info)
@@ -176,9 +193,11 @@ class Run(contextlib.AbstractContextManager):
         return TrainState(step, params, load_arrays(path, "optimizer", abstract.optimizer), frozen)
 
     def _first_state(self, trainer: Trains, task: Task) -> TrainState:
+        self.notes = task.noted({}, "")
         if self.config.init_from is None:
             return trainer.init(self.config.seed)
         begun = self._begin_from(trainer, task)
+        self.notes = task.noted(begun.notes, f"init_from {begun.identity['path']}")
         for line in begun.said:
             self.display.say(line)
         return task.first_state(trainer, begun.params, self.config.seed)

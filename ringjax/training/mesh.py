@@ -11,7 +11,10 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+
+from ringjax.training.ring_order import ring_order
 
 AXES = ("dp", "fsdp", "tp", "sp")
 
@@ -71,7 +74,20 @@ def make_mesh(shape: str, devices: list[jax.Device] | None = None) -> Mesh:
     if devices[0].platform == "cpu":
         # make_mesh orders CPU devices as they come; written out, the rows of a process are always neighbours.
         return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=axis_types)
-    return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+    try:
+        mesh = jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+    except NotImplementedError:  # an axis of a TPU slice must be cut in two: sp 512 and tp 2 on 8 × 8 × 16 chips
+        split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        mesh = Mesh(split, AXES, axis_types=axis_types)
+    return Mesh(_neighbours(mesh.devices), AXES, axis_types=axis_types)
+
+
+def _neighbours(devices: np.ndarray) -> np.ndarray:
+    """The mesh with the chips of a TPU slice along sp in an order in which they are neighbours, where there is one."""
+    if devices.flat[0].platform != "tpu":
+        return devices
+    order = ring_order(np.array([device.coords for device in devices[0, 0, 0]]))
+    return devices if order is None else devices[..., order]
 
 
 def simulate_devices(count: int) -> None:

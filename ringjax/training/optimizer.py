@@ -35,19 +35,30 @@ def decays(path: tuple, leaf: Any) -> bool:
     return not any(word in name for word in ("norm", "ln_f", "bias", "codebook"))
 
 
+def is_vision(path: tuple) -> bool:
+    """Whether a parameter is a table of pictures."""
+    return not {"vte", "vision_head"}.isdisjoint(jax.tree_util.keystr(path, simple=True, separator=".").split("."))
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clip, Adam and weight decay, all but the learning rate: `update` gives the direction to go along.
 
-        direction = m̂ / (√v̂ + ε) + decay · w          w ← w − rate · direction
+        direction = (m̂ / (√v̂ + ε) + decay · w) · share          w ← w − rate · direction
+
+    The share is `vision_rate` for the tables of pictures, 1 for the rest.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
     def mask(params):
         return jax.tree_util.tree_map_with_path(decays, params)
 
+    def share(updates, params):
+        scaled = lambda path, u: u * config.vision_rate if is_vision(path) else u  # noqa: E731
+        return jax.tree_util.tree_map_with_path(scaled, updates)
+
     return optax.chain(
         clip,
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=mask),
+        *([] if config.vision_rate == 1 else [optax.stateless(share)]),
     )
-

@@ -110,6 +110,7 @@ class StageLoop:
             "parameters": describe_arrays(state.params),
             "optimizer": describe_arrays(state.optimizer),
             "losses": self.guard.losses,
+            "notes": self.owner.notes,
         }
         if self.owner.base is not None:
             info["base"] = self.owner.base

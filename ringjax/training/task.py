@@ -120,6 +120,14 @@ class Task(abc.ABC):
         """What the run's folder holds so that it can be used elsewhere: paths in it, and contents."""
         return {}
 
+    def noted(self, before: dict[str, Any], where: str) -> dict[str, Any]:
+        """What checkpoints of this stage say of the data beside the place in it, JSON-able.
+
+        `before` is what was said at `where`, a checkpoint that this stage goes on from; raises ValueError where that
+        cannot be.
+        """
+        return before
+
     def open_start(self, path: str, opener: OpenStart | None) -> Start | None:
         """The published model at `path`, if it is one."""
         return open_published(path, None, opener)

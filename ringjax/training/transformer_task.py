@@ -1,11 +1,14 @@
 """The transformer as the training loop sees it: tokens in, next-token loss out."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from ringjax.data.codes import agreed, vision_tokenizer_path
+from ringjax.data.sources import codes_of, open_sources
 from ringjax.data.tokenizers import tokenizer_files
 from ringjax.models.lora import LoraConfig
 from ringjax.models.parallel import Parallel
@@ -15,7 +18,7 @@ from ringjax.training.evaluate import Evaluator
 from ringjax.training.feed import Feed, check_stage_data
 from ringjax.training.load import check_stage_devices
 from ringjax.training.mesh import is_simulated
-from ringjax.training.run_folder import TOKENIZER
+from ringjax.training.run_folder import CODES_OF, TOKENIZER, VISION_TOKENIZER
 from ringjax.training.start import OpenStart, Start, first_params, open_published
 from ringjax.training.step import Trainer, make_trainer, readable
 from ringjax.training.task import Measured, Task, TrainState
@@ -56,7 +59,21 @@ class TransformerTask(Task):
         return trainer.begin(params, seed)
 
     def files(self) -> dict[str, bytes]:
-        return {f"{TOKENIZER}/{name}": text for name, text in tokenizer_files(self.stage.data.tokenizer).items()}
+        data = self.stage.data
+        found = {f"{TOKENIZER}/{name}": text for name, text in tokenizer_files(data.tokenizer).items()}
+        if data.vision_tokenizer is not None:
+            found[VISION_TOKENIZER] = vision_tokenizer_path(data.vision_tokenizer).read_bytes()
+        return found
+
+    def noted(self, before: dict[str, Any], where: str) -> dict[str, Any]:
+        agreed([(where, before.get(CODES_OF)), ("the data", self._codes_of)])
+        return before if self._codes_of is None else {**before, CODES_OF: self._codes_of}
+
+    @functools.cached_property
+    def _codes_of(self) -> str | None:
+        """The image tokenizer of the data, as far as it is known."""
+        sources, _ = open_sources(self.stage.data, "train")
+        return codes_of(sources, self.stage.data)
 
     def open_start(self, path: str, opener: OpenStart | None) -> Start | None:
         return open_published(path, self.stage.model.heads, opener)

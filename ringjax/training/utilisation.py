@@ -12,6 +12,7 @@ import re
 
 # Dense bfloat16 FLOP/s of one device of JAX, from the makers' data sheets.
 _PEAKS = (
+    (r"tpu ?v?7x?", 1153.5e12),  # half a chip
     (r"tpu v6 ?lite|tpu v6e", 918e12),
     (r"tpu v5p|tpu v5$", 459e12),
     (r"tpu v5 ?lite|tpu v5e", 197e12),
@@ -37,6 +38,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 # Bytes a second that one device of JAX reads from its memory, from the makers' data sheets.
 _BANDWIDTHS = (
+    (r"tpu ?v?7x?", 3690e9),
     (r"tpu v6 ?lite|tpu v6e", 1640e9),
     (r"tpu v5p|tpu v5$", 2765e9),
     (r"tpu v5 ?lite|tpu v5e", 819e9),

@@ -56,6 +56,34 @@ def test_unrolled_backward_asks_for_its_own_rotations():
     assert "optimization_barrier" in lowered
 
 
+def test_what_the_reach_alone_decides_is_not_kept_for_all_hops():
+    """Under `jax.checkpoint` in a scan over layers, as models have it: which keys a hop sees, and what its branches
+    make of that, depends on no parameter, and would be computed once for all hops and kept, stacked over them."""
+    reach = rj.Reach.causal(1, LENGTH)
+    attend = functools.partial(rj.sharded_attention, mesh=cases.mesh(RING), unroll=False, backend="xla")
+
+    def loss(x, behind, ahead):
+        layer = jax.checkpoint(lambda x, _: (attend(x, x, x, reach=rj.Reach(behind, ahead)), None))
+        return jax.lax.scan(layer, x, None, length=2)[0].sum()
+
+    x = jax.ShapeDtypeStruct((1, LENGTH, 2, HEAD_DIM), jnp.float32)
+    shapes = _shapes(jax.make_jaxpr(jax.grad(loss))(x, reach.behind, reach.ahead).jaxpr)
+    assert (1, LENGTH // RING, 2, HEAD_DIM) in shapes  # the walk sees the hops
+    tokens = LENGTH // RING
+    stacked = {shape for shape in shapes if shape[:1] in ((RING - 1,), (RING - 2,)) and tokens in shape}
+    assert not stacked
+
+
+def _shapes(jaxpr) -> set[tuple[int, ...]]:
+    """The shapes of all that a jaxpr computes, inside its loops and branches too."""
+    found = {tuple(variable.aval.shape) for equation in jaxpr.eqns for variable in equation.outvars}
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            found |= _shapes(inner) if hasattr(inner, "eqns") else set()
+    return found
+
+
 def test_the_counting_sees_a_collective_where_there_is_one():
     """The same reading finds all-gathers in the strategy that makes them."""
     text = compiled(strategy="all_gather").as_text()

@@ -47,6 +47,35 @@ def test_brackets_bear_no_loss():
     assert loss_of(example) == [*text("you"), EOS], "the end token bears loss whatever is before it"
 
 
+def test_words_in_quotes_are_text_of_the_spec():
+    row = {"a": "a cat", "v": [1, 2, 3, 4]}
+    example = encoder().encode(row, '["Draw, [if] you can:"+a+"!\\n"],v')
+    assert ByteTokenizer().decode(example.tokens[: example.loss.argmax()].tolist()) == "Draw, [if] you can: a cat !\n"
+    assert loss_of(example)[0] == text("<")[0]
+    example = encoder().encode(row, '[v],"a \\"+\\" is",a')
+    assert ByteTokenizer().decode(loss_of(example)) == 'a "+" isa cat'
+    assert [str(field) for field in parse('"x"+a,b')] == ['"x"+a', "b"]
+
+
+@pytest.mark.parametrize(
+    "spec, fault",
+    [('"a', "a quote is never closed"), ('a"b"', "neither a name nor words"), ('"a""b"', "neither a name nor words"),
+     ('"",a', "no words in the quotes"), ('"\\x"', "neither a name nor words"), ('"a"+<|eos|>', "are tokens")],
+)  # fmt: skip
+def test_faulty_quotes_are_refused(spec, fault):
+    with pytest.raises(ValueError, match=fault):
+        parse(spec)
+
+
+def test_turns_are_enclosed_once():
+    bare = encoder(add_bos=False, add_eos=False)
+    turns = [bare.encode({"v": [1, 2, 3, 4], "a": a}, "a,v") for a in ("x", "y")]
+    example = encoder().enclosed(turns)
+    assert example.tokens.tolist() == [BOS, *turns[0].tokens, *turns[1].tokens, EOS]
+    assert example.modality.tolist() == [False, *turns[0].modality, *turns[1].modality, False]
+    assert example.loss.tolist() == [False] + [True] * (len(example) - 1)
+
+
 def test_special_tokens_stand_where_the_spec_says():
     row = {"a": "hi", "b": "you"}
     example = encoder().encode(row, "[a],<|eos|>,[<|bos|>],b")

@@ -306,6 +306,17 @@ def test_frames_see_themselves_where_asked(file):
     assert not (take(loader(config(file), seq_len=128), 1)[0]["ahead"]).any()
 
 
+def test_the_frames_of_a_clip_see_their_own_frame_only(tmp_path):
+    rows = [{"vision": [*range(12)], "caption": "abc", "fields": "[vision],caption"}] * 3
+    data = config(write_jsonl(tmp_path / "clip.jsonl", rows), bidirectional_frames=True)
+    for batch in take(loader(data, seq_len=96), 3):  # several clips in a row
+        ends = batch["tokens"] >= 100
+        for row, slot in np.argwhere(batch["modality"]):
+            end = slot + int(batch["ahead"][row, slot])
+            assert ends[row, end] and not ends[row, slot:end].any(), "to the end mark of the own frame"
+            assert batch["positions"][row, end] == batch["positions"][row, slot] + end - slot, "of the own clip"
+
+
 def test_a_window_is_in_the_reach(file):
     batch = take(loader(config(file, window=5)), 1)[0]
     assert batch["behind"].max() == 4

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ringjax.data.errors import DataError
-from ringjax.data.held_out import side_of
+from ringjax.data.heldout import side_of
 from ringjax.data.picture_set import DecodedSet, LeftOut, PictureForm, PictureSet, list_files
 from tests.data.picture_folder import drawn, picture_folder, save_clip, write_captions
 

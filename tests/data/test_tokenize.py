@@ -19,7 +19,8 @@ from ringjax.data.config import DataConfig, SourceConfig
 from ringjax.data.errors import DataError
 from ringjax.data.loader import make_loader
 from ringjax.data.records import META, RecordReader
-from ringjax.data.tokenize import TokenizeConfig, run_tokenize
+from ringjax.data.tokenize import run_tokenize
+from ringjax.data.tokenize_config import TokenizeConfig
 from ringjax.data.tokenizers import ByteTokenizer
 from ringjax.models.vqgan import VQGAN, VQGANConfig, encode_pictures, save_vqgan
 from tests.data.helpers import captioned, write_jsonl
@@ -137,7 +138,8 @@ def test_bad_lines_stop_or_are_told(tmp_path, pictures):
     assert len(report.skipped) == len(faults)
     for line, (fault, told) in enumerate(zip(faults, report.skipped), 2):
         assert f"a.jsonl line {line}: " in told and fault in told
-    assert "7 lines skipped, the first: " in str(report)
+    assert "7 lines skipped (skipped.txt names them), the first: " in str(report)
+    assert (tmp_path / "set" / "skipped.txt").read_text().splitlines() == list(report.skipped)
     for workers in (0, 2):
         with pytest.raises(DataError, match="a.jsonl line 2: picture .*nowhere.png does not exist"):
             tokenize(lines, tmp_path / "none", workers=workers, examples_per_shard=2, **options)
@@ -203,7 +205,8 @@ def test_an_interrupted_run_leaves_no_data_set(tmp_path, end):
     program.write_text(
         textwrap.dedent(f"""
         import signal
-        from ringjax.data.tokenize import TokenizeConfig, run_tokenize
+        from ringjax.data.tokenize import run_tokenize
+        from ringjax.data.tokenize_config import TokenizeConfig
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         if __name__ == "__main__":
             config = TokenizeConfig(({lines!r},), {str(tmp_path / "set")!r}, workers=1, examples_per_shard=10)

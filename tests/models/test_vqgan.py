@@ -302,7 +302,7 @@ def test_wrong_tensors_are_listed(saved):
     message = str(error.value)
     assert "missing quant_conv/bias" in message and "unknown quant_conv/extra" in message
     assert "quantize/embeddings is (16, 4), not (16, 3)" in message
-    assert "encoder/Conv_0/bias is F64, not F32" in message
+    assert "encoder/Conv_0/bias is F64, not F32, BF16 or F16" in message
     assert "\n" not in message
 
 

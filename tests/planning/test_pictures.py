@@ -8,8 +8,11 @@ import pytest
 from PIL import Image
 
 import ringjax as rj
-from ringjax.planning import pictures, work
+from ringjax.planning import flops, pictures, plan_pictures, work
+from ringjax.planning.devices import Target
+from ringjax.planning.plan import plan_stage
 from ringjax.planning.traffic import Traffic
+from ringjax.training.load import load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +57,22 @@ def test_traffic_bars_add_up():
     (place,) = pictures.draw_traffic({"one": traffic}).axes
     drawn = sum(bar.get_width() for bar in place.patches)
     assert drawn == pytest.approx((traffic.forward + traffic.backward) / 2**20)
+
+
+def test_flops_bars_are_the_ratios():
+    (place,) = plan_pictures.draw_flops_ratio().axes
+    drawn = [bar.get_height() for bar in place.patches]
+    assert drawn == [flops.ratio(shape, context) for shape in flops.FAMILY for context in flops.CONTEXTS]
+
+
+def test_bars_of_a_plan_add_up_to_it():
+    run = load_config(ROOT / "configs/lwm_text.yaml")
+    plans = [plan_stage(run, stage, Target.parse("tpu:v4:8x8x8")) for stage in run.stages]
+    (memory,), (time,) = plan_pictures.draw_memory(plans).axes, plan_pictures.draw_time(plans).axes
+    for row, plan in enumerate(plans):
+        bars = [[bar for bar in place.patches if bar.get_y() < row < bar.get_y() + 0.62] for place in (memory, time)]
+        assert sum(bar.get_width() for bar in bars[0]) == pytest.approx(plan.memory.total / 2**30)
+        assert sum(bar.get_width() for bar in bars[1]) == pytest.approx(100)
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path):

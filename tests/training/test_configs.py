@@ -14,10 +14,10 @@ from ringjax.training.tasks import make_tasks
 CONFIGS = Path(__file__).parents[2] / "configs"
 MACHINES = {
     "quickstart": (8, True), "one_gpu": (1, False), "long_1b": (2, False), "long_135m": (2, False),
-    "lwm_text": (512, False), "lwm_vision": (512, False),
+    "lwm_text": (512, False), "lwm_vision": (512, False), "any_to_any": (1, False), "small_any_to_any": (1, False),
     "extend_135m": (1, False), "extend_135m_lora": (1, False),
 }  # fmt: skip
-TOKENIZERS = {"vqgan_128": 1, "vqgan_256": 8}
+TOKENIZERS = {"vqgan_128": 1, "vqgan_256": 8, "vqgan_small": 1}
 
 
 def test_every_config_is_tested():

@@ -49,3 +49,12 @@ def test_more_simulated_devices_than_a_running_jax_has_are_refused():
     simulate_devices(have)
     with pytest.raises(ValueError, match=f"JAX runs already with {have} CPU devices"):
         simulate_devices(have + 1)
+
+
+def test_an_axis_of_a_slice_is_cut_where_the_mesh_asks_for_it():
+    """tp 2 and sp 32 on 4 × 4 × 4 chips: neither is a product of whole axes with the other's."""
+    pytest.importorskip("libtpu", reason="libtpu is not installed (the extra 'tpu')")
+    from ringjax.planning.ahead import slice_devices
+
+    mesh = make_mesh("1,1,2,32", slice_devices("v4:4x4x4"))
+    assert dict(mesh.shape) == {"dp": 1, "fsdp": 1, "tp": 2, "sp": 32} and len(set(mesh.devices.flat)) == 64

@@ -58,3 +58,26 @@ def test_adamw_follows_its_formula():
         expected = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8) + 0.1 * np.array([1.0, -2.0, 0.0])
         found = np.concatenate([direction["kernel"], direction["norm"]])
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_tables_of_pictures_may_learn_faster():
+    from flax import nnx
+
+    small = SIZES["debug"].__class__(width=16, ffn_width=16, layers=1, heads=2, vocab_size=32, vision_codes=8,
+                                     vision_vocab_size=10, dtype="float32")  # fmt: skip
+    params = nnx.state(Transformer.create(small, 0))
+    grads = jax.tree.map(jnp.ones_like, params)
+    found = []
+    for rate in (1.0, 5.0):
+        optimizer = make_optimizer(OptimizerConfig(vision_rate=rate))
+        found.append(optimizer.update(grads, optimizer.init(params), params)[0])
+    ratios = jax.tree_util.tree_map(lambda a, b: float(jnp.max(jnp.abs(b / a))), *found)
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator="."): ratio
+        for path, ratio in jax.tree_util.tree_flatten_with_path(ratios)[0]
+    }
+    fast = {name for name, ratio in names.items() if ratio == pytest.approx(5)}
+    assert {name.split(".")[0] for name in fast} == {"vte", "vision_head"}
+    assert all(ratio == pytest.approx(1) for name, ratio in names.items() if name not in fast)
+    with pytest.raises(ValueError, match="vision_rate is 0"):
+        OptimizerConfig(vision_rate=0)

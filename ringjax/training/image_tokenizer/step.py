@@ -152,8 +152,9 @@ class _Parts:
         model, averages = self.move_codes(model, moments["codebook"], out.latents, out.codes, code_key)
         use, use_metrics = self.note_use(moments["use"], out.codes, state.step)
         average = self.average(params["average"], model, state.step - self.start)
+        # The loss that is watched is that of the pictures alone: it means the same with every codebook, early and late.
         metrics = {
-            "loss": loss + commitment, **parts, **played.metrics, "commitment_loss": out.commitment_loss,
+            "loss": loss, **parts, **played.metrics, "commitment_loss": out.commitment_loss,
             "codebook_loss": codebook_loss, **use_metrics, "grad_norm": optax.tree.norm(grads), "learning_rate": rate,
         }  # fmt: skip
         params = {"model": model, "average": average, "discriminator": played.discriminator}

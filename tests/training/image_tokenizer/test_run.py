@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ringjax.data.errors import DataError
-from ringjax.data.held_out import side_of
+from ringjax.data.heldout import side_of
 from ringjax.models.vqgan import decode_pictures, encode_pictures, load_vqgan
 from ringjax.training import loop
 from ringjax.training.checkpoint import CheckpointError, restore_model

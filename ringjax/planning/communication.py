@@ -1,0 +1,168 @@
+"""What a training step sends between devices, and how much of it nothing hides.
+
+| | bytes a device and layer | hidden behind |
+| --- | --- | --- |
+| ring, forward | (R − 1) · kv (`traffic.py`) | the hop's attention |
+| ring, backward | (R − 1) · (kv + sums), and dK, dV once more to go home | the hop's attention; the first is not |
+| all_gather | (R − 1) · kv forward, again backward, and the sums' reduce-scatter | nothing |
+| ulysses | (R − 1)/R of q, k, v and out forward, twice as much backward | nothing |
+| fsdp, sp | weights gathered forward and backward in the model's type, gradients scattered in float32 | half of it |
+| tp | 2 sums of the stream forward, 2 backward, and what is computed again | nothing |
+| dp | gradients, once a step | nothing |
+
+A ring's hop hides its rotation when `tokens a device ≥ FLOP/s ÷ bandwidth` (Liu et al. 2023, arXiv:2310.01889, §3, with
+full masks, no GQA and bfloat16; `traffic.hidden_from` has the general form).
+"""
+
+import dataclasses
+
+from ringjax.planning import traffic, work
+from ringjax.planning.devices import Target
+from ringjax.training.config import StageConfig
+
+FLOAT32 = 4
+# Of weights that are gathered and gradients that are scattered, XLA hides this share behind the layer's products.
+WEIGHTS_HIDDEN = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """Seconds of a whole step that one device's links are busy: waited for, and beside compute."""
+
+    exposed: float
+    hidden: float
+
+    def plus(self, other: "Sent") -> "Sent":
+        """Both, one after the other."""
+        return Sent(self.exposed + other.exposed, self.hidden + other.hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hop:
+    """One rotation of a ring's forward pass and the attention that hides it."""
+
+    bytes: float
+    tokens: float
+    needed_tokens: float
+
+    @property
+    def hidden(self) -> bool:
+        """Whether a device holds enough tokens: C ≥ FLOP/s ÷ bandwidth · K/N · bytes / (2 · visible)."""
+        return self.tokens >= self.needed_tokens
+
+
+def hop_of(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) -> Hop | None:
+    """The hop of a stage's ring; None where there is no ring."""
+    dp, fsdp, tp, sp = sizes
+    if sp == 1 or stage.mesh.strategy in ("all_gather", "ulysses"):
+        return None
+    sent, device, model = _traffic(stage, sizes), target.device, stage.model
+    visible = 1.0 if stage.mesh.layout == "contiguous" else 0.5
+    wide = 6.0 if model.dtype != "bfloat16" and device.platform == "tpu" else 1.0
+    needed = traffic.hidden_from(
+        device.rates.attention[0] * device.flops / wide, target.link(sp), heads=model.heads,
+        kv_heads=model.key_heads, visible=visible, dtype=model.dtype,
+    )  # fmt: skip
+    return Hop(sent.kv, stage.training.seq_len / sp, needed)
+
+
+def of_stage(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target, attention: float) -> Sent:
+    """What a stage's step sends; `attention` are the seconds of one layer's, forward and backward."""
+    model, training = stage.model, stage.training
+    layers, micro = model.layers, training.accumulation
+    found = Sent(0.0, 0.0)
+    for sent in (
+        _attention(stage, sizes, target, attention / micro),
+        _weights(stage, sizes, target),
+        _sums(stage, sizes, target),
+    ):
+        found = found.plus(Sent(sent.exposed * layers * micro, sent.hidden * layers * micro))
+    return found.plus(_copies(stage, sizes, target))
+
+
+def waiting(stage: StageConfig, sp: int) -> float:
+    """How many times as long attention takes as the work that it is, for the busiest device of each hop.
+
+    Contiguous shards leave half of the machine idle under a causal mask, striped and zigzag ones nothing (`work.py`).
+    A window that is shorter than a shard leaves no hop but two.
+    """
+    if sp == 1 or stage.mesh.layout != "contiguous" or stage.mesh.strategy == "ulysses":
+        return 1.0
+    if stage.mesh.strategy == "all_gather":  # the last shard sees everything, the mean one half
+        return 2.0 - 1.0 / sp
+    return work.causal_speed_up(sp, stage.training.seq_len)
+
+
+def _traffic(stage: StageConfig, sizes: tuple[int, int, int, int]) -> traffic.Traffic:
+    model, training = stage.model, stage.training
+    dp, fsdp, tp, sp = sizes
+    rows = training.batch_size // training.accumulation // (dp * fsdp)
+    return traffic.Traffic.of(
+        stage.mesh.layout, sp, training.seq_len, kv_heads=max(1, model.key_heads // tp), head_dim=model.head_size,
+        batch=rows, dtype=model.dtype, window=model.window,
+    )  # fmt: skip
+
+
+def _attention(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target, attention: float) -> Sent:
+    """One layer's attention across sp."""
+    dp, fsdp, tp, sp = sizes
+    if sp == 1:
+        return Sent(0.0, 0.0)
+    model, sent, link = stage.model, _traffic(stage, sizes), target.link(sp)
+    forwards = 2 if model.remat == "full" else 1
+    if stage.mesh.strategy == "all_gather":
+        return Sent(((sp - 1) * (sent.kv * (forwards + 1) + sent.sums)) / link, 0.0)
+    if stage.mesh.strategy == "ulysses":
+        queries = sent.kv * model.heads / model.key_heads  # q and out are as large as k and v of so many heads
+        return Sent((sent.kv + queries) * (sp - 1) / sp * (forwards + 2) / link, 0.0)
+    rotations = sent.rotations
+    if rotations == 0:
+        return Sent(0.0, 0.0)
+    parts = attention / (forwards + 2.5)
+    hops = rotations + 1
+    exposed, busy = sent.kv / link, (forwards * sent.forward + sent.backward) / link
+    exposed += forwards * rotations * max(0.0, sent.kv / link - parts / hops)
+    # Backward K and V and the sums go the same way.
+    exposed += rotations * max(0.0, (sent.kv + sent.sums) / link - 2.5 * parts / hops)
+    return Sent(exposed, max(0.0, busy - exposed))
+
+
+def _weights(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) -> Sent:
+    """One layer's weights, cut over fsdp and sp, gathered where they are used and their gradients scattered."""
+    dp, fsdp, tp, sp = sizes
+    shards = fsdp * sp
+    if shards == 1:
+        return Sent(0.0, 0.0)
+    model = stage.model
+    block = 2 * model.width * (model.heads + model.key_heads) * model.head_size + 3 * model.width * model.ffn_width
+    gathers = 3 if model.remat in ("full", "save_attention", "offload") else 2
+    size = block / tp * (shards - 1) / shards * (gathers * model.compute_dtype.itemsize + FLOAT32)
+    seconds = size / (target.link(shards) * _ways(target))
+    return Sent(seconds * (1 - WEIGHTS_HIDDEN), seconds * WEIGHTS_HIDDEN)
+
+
+def _sums(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) -> Sent:
+    """One layer's sums over tp: the stream after attention and after the feed-forward, and their gradients."""
+    dp, fsdp, tp, sp = sizes
+    if tp == 1:
+        return Sent(0.0, 0.0)
+    model, training = stage.model, stage.training
+    tokens = training.batch_size / training.accumulation / (dp * fsdp) * training.seq_len / sp
+    # An output projection is computed again (not the feed-forward's: nobody needs its result).
+    sums = 5 if model.remat in ("full", "save_attention", "offload") else 4
+    size = sums * 2 * (tp - 1) / tp * tokens * model.width * model.compute_dtype.itemsize
+    return Sent(size / (target.link(tp * sp) * _ways(target)), 0.0)
+
+
+def _copies(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) -> Sent:
+    """Gradients summed over dp, once a step."""
+    dp, fsdp, tp, sp = sizes
+    if dp == 1:
+        return Sent(0.0, 0.0)
+    size = 2 * (dp - 1) / dp * stage.model.parameter_count() * FLOAT32 / (fsdp * tp * sp)
+    return Sent(size / (target.link(target.count) * _ways(target)), 0.0)
+
+
+def _ways(target: Target) -> int:
+    """A collective over a ring of a torus uses its links both ways; `link` is one way of one link."""
+    return 2 if target.device.platform == "tpu" else 1

@@ -1,0 +1,135 @@
+"""The best way to run a stage on a machine: every mesh, strategy, layout and remat policy, by the arithmetic.
+
+A choice that fits, with some room, comes before one that does not, and then the faster. What a choice is worth is said
+by its neighbours: the best plan that differs in that one choice.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from ringjax.planning.devices import GIB, Target
+from ringjax.planning.plan import StagePlan, plan_stage
+from ringjax.training.config import RunConfig, StageConfig
+from ringjax.training.yaml_tree import ConfigError
+
+STRATEGIES = ("ring", "all_gather", "ulysses")
+# Where two cost the same by the arithmetic the first is taken: zigzag's hops are plain rectangles, which cuDNN does 2
+# to 15 % faster than striped's (docs/results/attention.md); on a TPU one kernel takes either.
+LAYOUTS = {"gpu": ("zigzag", "striped", "contiguous"), "tpu": ("striped", "zigzag", "contiguous")}
+BLOCKWISE = 2048
+# The arithmetic is within 9 % of the compiler's (docs/results/planning.md), so a plan may take so much of the memory.
+MARGIN = 0.92
+# 'none' is left out: what it keeps beside the products is XLA's choice, and save_products takes as long.
+REMATS = "save_products", "save_feed_forward", "save_attention", "offload", "full"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a search decides about a stage."""
+
+    mesh: str
+    strategy: str
+    layout: str
+    remat: str
+    ffn_chunk: int | None
+    accumulation: int
+
+    def apply(self, stage: StageConfig) -> StageConfig:
+        """`stage` with the choice made."""
+        unroll = 1 if self.remat == "offload" else stage.model.unroll
+        return dataclasses.replace(
+            stage,
+            model=dataclasses.replace(stage.model, remat=self.remat, ffn_chunk=self.ffn_chunk, unroll=unroll),
+            mesh=dataclasses.replace(stage.mesh, shape=self.mesh, strategy=self.strategy, layout=self.layout),
+            training=dataclasses.replace(stage.training, accumulation=self.accumulation),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The best plan, the choice that makes it, and what other choices cost."""
+
+    choice: Choice
+    plan: StagePlan
+    tried: int
+    reasons: tuple[str, ...]
+
+
+def search(run: RunConfig, stage: StageConfig, target: Target) -> Found:
+    """The best plan of a stage. Raises ConfigError where no mesh at all can hold it."""
+    plans: dict[Choice, StagePlan] = {}
+    refused = None
+    for choice in choices(stage, target):
+        try:
+            plans[choice] = plan_stage(run, choice.apply(stage), target)
+        except (ConfigError, NotImplementedError, ValueError) as error:
+            refused = refused or str(error)
+    if not plans:
+        raise ConfigError(f"stage {stage.name!r} runs on no mesh of {target}: {refused}")
+    best = min(plans, key=lambda choice: _order(plans[choice]))
+    return Found(best, plans[best], len(plans), tuple(_reasons(best, plans)))
+
+
+def choices(stage: StageConfig, target: Target) -> Iterator[Choice]:
+    """Every choice; what cannot be is refused by `plan_stage`. The stage's own accumulation, and enough for one row a
+    group of devices."""
+    count, training, model = target.count, stage.training, stage.model
+    chunks = dict.fromkeys((model.ffn_chunk, None, BLOCKWISE))
+    for fsdp in _divisors(count):
+        if training.batch_size % fsdp:
+            continue
+        micro = {training.accumulation, training.batch_size // fsdp}
+        for tp in _divisors(count // fsdp):
+            if model.heads % tp or model.ffn_width % tp or model.vocab_size % tp:
+                continue
+            sp = count // fsdp // tp
+            strategies = STRATEGIES if sp > 1 else STRATEGIES[:1]
+            layouts = LAYOUTS[target.device.platform] if sp > 1 else (stage.mesh.layout,)
+            for strategy in strategies:
+                for layout in layouts:
+                    for remat in dict.fromkeys((stage.model.remat, *REMATS)):
+                        for chunk in chunks:
+                            for accumulation in sorted(micro):
+                                yield Choice(f"1,{fsdp},{tp},{sp}", strategy, layout, remat, chunk, accumulation)
+
+
+def _order(plan: StagePlan) -> tuple[bool, float]:
+    """Fitting first, then fast; of those that do not fit, the smallest."""
+    return (False, plan.time.seconds) if _safe(plan) else (True, plan.memory.total)
+
+
+def _safe(plan: StagePlan) -> bool:
+    return plan.memory.total <= MARGIN * plan.target.device.usable
+
+
+def _reasons(best: Choice, plans: dict[Choice, StagePlan]) -> Iterator[str]:
+    """For each thing decided, what the best plans that decide it otherwise need or take."""
+    for field in dataclasses.fields(Choice):
+        mine = getattr(best, field.name)
+        others: dict[object, StagePlan] = {}
+        for choice, plan in plans.items():
+            value = getattr(choice, field.name)
+            alike = dataclasses.replace(choice, **{field.name: mine}) == best
+            if value != mine and alike and (value not in others or _order(plan) < _order(others[value])):
+                others[value] = plan
+        if others:
+            ranked = sorted(others.items(), key=lambda item: _order(item[1]))[:3]
+            words = "; ".join(f"{_named(value)} {_against(plan, plans[best])}" for value, plan in ranked)
+            yield f"{field.name} {_named(mine)}: {words}"
+
+
+def _against(plan: StagePlan, best: StagePlan) -> str:
+    if not _safe(plan):
+        return f"needs {plan.memory.total / GIB:.1f} of {plan.target.device.usable / GIB:.1f} GiB"
+    change = plan.time.seconds / best.time.seconds - 1
+    if not _safe(best):
+        return "fits"
+    return "takes as long" if abs(change) < 5e-4 else f"takes {change:+.1%}"
+
+
+def _named(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
