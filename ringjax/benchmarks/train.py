@@ -27,7 +27,8 @@ from ringjax.training.load import check_devices, mesh_shape
 from ringjax.training.mesh import is_simulated, make_mesh, simulate_devices
 from ringjax.training.progress import format_count
 from ringjax.training.step import make_trainer
-from ringjax.training.utilisation import flops_per_row, mfu, peak_flops
+from ringjax.training.transformer_task import step_flops
+from ringjax.training.utilisation import mfu, peak_flops
 from ringjax.training.yaml_tree import ConfigError
 
 Batch = dict[str, jax.Array]
@@ -96,7 +97,7 @@ def run_train(run: RunConfig, config: TrainBench, say: Callable[[str], None]) ->
     mesh = make_mesh(mesh_shape(stage, is_simulated()))
     parallel = Parallel(mesh, stage.mesh.layout, stage.mesh.strategy, stage.mesh.backend)
     training = stage.training
-    trainer = make_trainer(stage.model, stage.optimizer, parallel, steps=training.steps, start=0)
+    trainer = make_trainer(stage.model, stage.optimizer, parallel, steps=training.steps, start=0, lora=run.lora)
     filled: list[float] = []
     with _batches(run, stage, mesh, config.data, say, filled) as (data, batches):
         batch = next(batches)
@@ -112,9 +113,7 @@ def run_train(run: RunConfig, config: TrainBench, say: Callable[[str], None]) ->
         if config.profile:
             profile = profiled(config.profile, timed.step, step.as_text() or "", say, top=config.top)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainer.abstract.params))
-    flops = training.batch_size * flops_per_row(
-        parameters, stage.model.layers, stage.model.heads * stage.model.head_size, training.seq_len
-    )
+    flops = step_flops(stage, run.lora, parameters)
     devices = jax.devices()
     return TrainResult(
         stage.name, parameters, training.batch_size, training.seq_len, training.accumulation, dict(mesh.shape),

@@ -95,13 +95,8 @@ class TransformerTask(Task):
         return readable(metrics)
 
     def speed(self, parameters: int, seconds: float) -> Measured:
-        model, training, devices = self.stage.model, self.stage.training, jax.devices()
-        width = model.heads * model.head_size
-        frozen = 0 if self.lora is None else model.parameter_count()
-        row = flops_per_row(
-            parameters, model.layers, width, training.seq_len, frozen=frozen, group=model.shifted_group
-        )
-        flops = training.batch_size * row
+        training, devices = self.stage.training, jax.devices()
+        flops = step_flops(self.stage, self.lora, parameters)
         return {
             "tokens_per_second": training.batch_size * training.seq_len / seconds,
             "mfu": mfu(flops, seconds, devices[0].device_kind, len(devices)),
@@ -113,3 +108,12 @@ class TransformerTask(Task):
     def describe_evaluation(self, results: dict[str, Measured]) -> str:
         words = ", ".join(f"{source} {values['loss']:.4f}" for source, values in results.items())
         return f"held-out loss {words}"
+
+
+def step_flops(stage: StageConfig, lora: LoraConfig | None, trained: int) -> float:
+    """Useful FLOPs of a step that changes so many parameters."""
+    model, training = stage.model, stage.training
+    frozen = 0 if lora is None else model.parameter_count()
+    return training.batch_size * flops_per_row(
+        trained, model.layers, model.heads * model.head_size, training.seq_len, frozen=frozen, group=model.shifted_group
+    )
