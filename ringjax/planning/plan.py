@@ -76,6 +76,7 @@ class StagePlan:
 def plan_stage(run: RunConfig, stage: StageConfig, target: Target) -> StagePlan:
     """The arithmetic of one stage. Raises ConfigError where the stage cannot be cut over the target."""
     check_devices(dataclasses.replace(run, stages=(stage,)), target.count)
+    _check_planned(run, stage)
     sizes = resolve_shape(stage.mesh.shape, target.count)
     _check_strategy(stage, sizes)
     parameters = stage.model.parameter_count()
@@ -83,6 +84,17 @@ def plan_stage(run: RunConfig, stage: StageConfig, target: Target) -> StagePlan:
         stage, target, sizes, parameters, memory.of_stage(stage, sizes, target.device.platform),
         step_time.of_stage(stage, sizes, target, parameters), communication.hop_of(stage, sizes, target),
     )  # fmt: skip
+
+
+def _check_planned(run: RunConfig, stage: StageConfig) -> None:
+    """The arithmetic is of full training with full attention: less would be said to cost as much."""
+    if run.lora is not None:
+        raise ConfigError("lora: a plan is of full training, and adapters take less; plan that with --lora null")
+    if stage.model.shifted_group is not None:
+        raise ConfigError(
+            f"stage {stage.name!r}: model.shifted_group {stage.model.shifted_group}: a plan is of full attention, and"
+            " groups take less; plan that with null in its place"
+        )
 
 
 def _check_strategy(stage: StageConfig, sizes: tuple[int, int, int, int]) -> None:

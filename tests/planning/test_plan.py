@@ -9,7 +9,7 @@ from ringjax.planning.devices import Target
 from ringjax.planning.plan import plan_stage
 from ringjax.training.load import load_config
 
-CONFIG = "configs/lwm_text.yaml"
+CONFIG, LORA = "configs/lwm_text.yaml", "configs/extend_135m_lora.yaml"
 
 
 def run(capsys, *arguments):
@@ -80,6 +80,8 @@ def test_the_page_needs_nothing_else(capsys, tmp_path):
     ((CONFIG, "--target", "h100:512", "--mesh.strategy", "ulysses"), "ulysses over sp 16 cannot split 8 query"),
     ((CONFIG, "--target", "h100:512", "--mesh.strategy", "hybrid"), "plan 'ring' and 'ulysses'"),
     ((CONFIG, "--target", "h100:512", "--compile"), "compiling ahead of time is for TPU slices"),
+    ((LORA, "--target", "h100:1"), "lora: a plan is of full training"),
+    ((LORA, "--target", "h100:1", "--lora", "null"), "stage '32k': model.shifted_group 8192: a plan is of full"),
     ((CONFIG, "--output", "x.yaml"), "give --search too"),
     ((CONFIG, "--targe", "h100:512"), "unknown key 'targe'"),
     (("nowhere.yaml",), "config nowhere.yaml does not exist"),
