@@ -98,6 +98,8 @@ def read_lists(kind, pairs: list[tuple[str, list[str]]], prefix: str = "--"):
         is_list = type_name.startswith("tuple")
         if not is_list and len(given) > 1:
             raise UsageError(f"{where} takes one value, not {len(given)}: {' '.join(given)}")
+        if not given and not is_list and "bool" not in type_name and type_name:
+            raise UsageError(f"{where} takes a value, and there is none behind it; --help says what it is")
         # Words are taken as they are: heads of "16" are no number, and `null` is none.
         words = "str" in type_name and given != ["null"]
         given = given or ([] if is_list else ["true"])

@@ -58,7 +58,10 @@ def release_folder(name: str | Path) -> Path:
         return Path(name)
     folder = samples.FOLDER / "any_to_any"
     if not is_installed():
-        raise FileNotFoundError(f"{SAMPLE} is not in this installation ({folder}); reinstall ringjax with its data")
+        raise FileNotFoundError(
+            f"{SAMPLE} does not come with this version; train one with scripts/any_to_any.sh DATA --small, and name its"
+            " folder"
+        )
     return folder
 
 

@@ -154,7 +154,10 @@ class ModelConfig:
             return
         _at_least("shifted_group", self.shifted_group, 2, whole=True)
         if self.shifted_group % 2:
-            raise ValueError(f"shifted_group {self.shifted_group} is odd: the other heads' groups lie half a group on")
+            raise ValueError(
+                f"shifted_group {self.shifted_group} is odd, and the other heads' groups lie half a group on; use"
+                f" {self.shifted_group + 1}"
+            )
         if self.heads < 2:
             raise ValueError(f"shifted_group {self.shifted_group} needs two heads at least: one has no other half")
         if self.sinks:

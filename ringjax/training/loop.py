@@ -17,6 +17,7 @@ from ringjax import accelerator
 from ringjax.training import distributed
 from ringjax.training.begin import Begun, begin_from, check_same_base
 from ringjax.training.checkpoint import (
+    FOLDER,
     CheckpointError,
     CheckpointStore,
     check_same_arrays,
@@ -36,6 +37,7 @@ from ringjax.training.start import OpenStart
 from ringjax.training.stops import BadLoss, StopSignals
 from ringjax.training.task import Task, Trains, TrainState, count_parameters
 from ringjax.training.tasks import check_tasks, make_tasks
+from ringjax.training.yaml_tree import ConfigError
 
 
 def train(config: RunConfig | TokenizerRun, open_start: OpenStart | None = None) -> Path:
@@ -51,6 +53,7 @@ def train(config: RunConfig | TokenizerRun, open_start: OpenStart | None = None)
     check_tasks(tasks, lambda task: task.check_devices(len(jax.devices())))
     check_tasks(tasks, lambda task: task.check_data())
     _check_notes(tasks)
+    _check_init_from(config)
     with Run(config, tasks, open_start) as run, StopSignals() as signals, _debug(config):
         run.begin()
         for index in range(run.first_stage, len(config.stage_list)):
@@ -68,6 +71,17 @@ def _check_notes(tasks: Sequence[Task]) -> None:
         notes = task.noted(notes, "a stage before it")
 
     check_tasks(tasks, check)
+
+
+def _check_init_from(config: RunConfig | TokenizerRun) -> None:
+    """That what the run begins with is there, before its folder is made; one that goes on does without."""
+    path = config.init_from
+    goes_on = (Path(config.run_dir) / FOLDER).is_dir()
+    if path is not None and not goes_on and not Path(path).exists():
+        raise ConfigError(
+            f"init_from: {path} does not exist; give a run's folder, a .gguf file, a Hugging Face folder or an LWM"
+            " stream (hubs are not asked)"
+        )
 
 
 @contextlib.contextmanager

@@ -171,6 +171,7 @@ def test_heads():
         (["--lengths", "long"], "'long' is not a whole number"),
         (["--repeats", "0"], "repeats is 0; it must be at least 1"),
         (["--repeats", "1", "2"], "--repeats takes one value, not 2: 1 2"),
+        (["--profile", "--repeats", "1"], "--profile takes a value, and there is none behind it"),
         (["--share", "4", "--ranks", "4"], "ranks has 4; a ring of 4 has 0 to 3"),
         (["--ranks", "1"], "ranks (1,) are of a share; give --share too"),
         (["--lenghts", "8"], "unknown key 'lenghts'; did you mean 'lengths'?"),

@@ -97,7 +97,7 @@ def test_the_packages_own_is_found_by_name():
         size = sum(file.stat().st_size for file in (samples.FOLDER / "any_to_any").rglob("*"))
         assert size <= 20e6
     else:
-        with pytest.raises(FileNotFoundError, match="sample:any-to-any is not in this installation"):
+        with pytest.raises(FileNotFoundError, match="sample:any-to-any does not come with this version"):
             load_release(SAMPLE)
 
 

@@ -132,8 +132,9 @@ def test_the_model_comes_back_for_inference(unbroken):
 def test_a_run_begins_with_the_parameters_of_another(unbroken, tmp_path):
     loop.train(config(tmp_path / "new", init_from=unbroken))
     assert curve(tmp_path / "new")[0][1] < curve(unbroken)[0][1] - 0.3
-    with pytest.raises(CheckpointError, match="nowhere holds no whole checkpoint"):
+    with pytest.raises(ConfigError, match="init_from: .*nowhere does not exist; give a run's folder"):
         loop.train(config(tmp_path / "other", init_from=unbroken / "nowhere"))
+    assert not (tmp_path / "other").exists()
 
 
 def bad_step(monkeypatch, step, **values):

@@ -98,6 +98,7 @@ def shape(folder):
 def test_nobody_reads_a_published_model_without_an_opener(folder, tmp_path):
     with pytest.raises(ValueError, match="pass open_start"):
         train(config(folder, tmp_path / "run"))
+    (tmp_path / "no").mkdir()
     with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
         train(config(tmp_path / "no", tmp_path / "run", **{"data.tokenizer": "bytes"} | shape(folder)), open_start)
 
