@@ -23,13 +23,16 @@ from ringjax.evaluation.run_questions import check_questions, run_questions
 from ringjax.evaluation.summary import markdown, summarise
 from ringjax.evaluation.vision_command import VISION_KINDS, run_vision
 from ringjax.evaluation.vision_config import VisionConfig
+from ringjax.inference.on_mesh import join
 from ringjax.inference.text_model import TextModel
 from ringjax.inference.vocabulary import Vocabulary
+from ringjax.interop.fingerprints import file_facts
 from ringjax.interop.published import Published
 from ringjax.interop.runs import open_model
 from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
-from ringjax.training.mesh import make_mesh, simulate_devices
+from ringjax.training import distributed
+from ringjax.training.mesh import make_mesh
 
 _TEXT_KINDS = {"needle": NeedleConfig, "ruler": RulerConfig, "perplexity": PerplexityConfig}
 KINDS: Mapping[str, type[EvalConfig | VisionConfig]] = {**_TEXT_KINDS, **VISION_KINDS}
@@ -49,7 +52,7 @@ def run_eval(config: EvalConfig | VisionConfig) -> str:
     """
     if isinstance(config, VisionConfig):
         return run_vision(config)
-    simulate_devices(config.simulated_devices)
+    join(config, lambda: {"model": _opened(config).fingerprint, **file_facts([config.haystack, config.adapter])})
     texts = read_texts(config.haystack)
     methods = _open_model(config)
     haystack = Haystack.of(texts, methods.model.vocabulary, config.repeat_haystack)
@@ -64,12 +67,16 @@ def run_eval(config: EvalConfig | VisionConfig) -> str:
             for name in config.method:
                 methods.check(name, length)
     with Results(config.output, asked, _about(config)) as results:
-        if results.dropped:
+        if results.dropped and distributed.is_main():
             print(f"{results.path}: the last line was cut; what it held is asked again", flush=True)
         if isinstance(config, QuestionConfig):
             run_questions(task, methods, config.method, config.lengths, results, config.progress)
         else:
             run_perplexity(config, methods, haystack, results)
+    return distributed.same_on_all(lambda: _report(results, title))
+
+
+def _report(results: Results, title: str) -> str:
     files = write_report(results, title)
     return "\n".join([markdown(summarise(results.records)), "", *(str(file) for file in [results.path, *files])])
 
