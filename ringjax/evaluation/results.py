@@ -19,8 +19,9 @@ KEY = ("method", "part", "length", "depth", "index")
 class Results:
     """The records of an evaluation; those of an earlier run of the same one are there already.
 
-    Of several processes the first reads and writes the file; all of them know the records. A last line that was cut (a kill, a full disk) is dropped, and what it held is asked again. Raises ValueError for a
-    file of another evaluation, or one that is damaged elsewhere.
+    Of several processes the first reads and writes the file; all of them know the records. A last line that was cut
+    (a kill, a full disk) is dropped, and what it held is asked again. Raises ValueError for a file of another
+    evaluation, or one that is damaged elsewhere.
     """
 
     def __init__(self, folder: str | Path, asked: dict[str, Any], about: dict[str, Any]):
