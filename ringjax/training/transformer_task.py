@@ -60,7 +60,8 @@ class TransformerTask(Task):
         )  # fmt: skip
 
     def _parallel(self, mesh: Mesh) -> Parallel:
-        return Parallel(mesh, self.stage.mesh.layout, self.stage.mesh.strategy, self.stage.mesh.backend)
+        config = self.stage.mesh
+        return Parallel(mesh, config.layout, config.strategy, config.backend, host_size=config.host_size)
 
     def base(self, trainer: Trainer) -> Any:
         return trainer.base
