@@ -139,13 +139,24 @@ def get(strategy: str, ring: Ring, host_size: int | None = None, unroll: bool | 
 
 def _inside(host_size: int | None, devices: int) -> int:
     """Neighbours in the ring with fast links between them."""
-    inside = min(devices, jax.local_device_count() if host_size is None else host_size)
+    inside = min(devices, _host_size("two_level", host_size))
     if devices % inside:
         raise ValueError(
             f"a ring of {devices} devices cannot be cut into hosts of {inside}; give a host_size that divides"
             f" {devices}, or use strategy 'ring'"
         )
     return inside
+
+
+def _host_size(strategy: str, host_size: int | None) -> int:
+    if host_size is not None:
+        return host_size
+    if jax.local_device_count() == 1 < jax.process_count():
+        raise ValueError(
+            f"strategy {strategy!r} goes by hosts, and each process has one device: say how many devices share a host"
+            " with host_size (mesh.host_size), or use 'ring'"
+        )
+    return jax.local_device_count()
 
 
 def width(
@@ -168,7 +179,7 @@ def width(
             raise ValueError(f"ulysses_size {ulysses_size} with strategy 'ulysses' on {devices} devices; use 'hybrid'")
         size = devices
     elif ulysses_size is None:
-        size = widest(heads, kv_heads, devices, most=jax.local_device_count() if host_size is None else host_size)
+        size = widest(heads, kv_heads, devices, most=_host_size(strategy, host_size))
     elif ulysses_size < 1 or devices % ulysses_size:
         raise ValueError(f"ulysses_size {ulysses_size} does not divide the {devices} devices of the ring")
     else:

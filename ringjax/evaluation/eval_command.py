@@ -39,8 +39,8 @@ KINDS: Mapping[str, type[EvalConfig | VisionConfig]] = {**_TEXT_KINDS, **VISION_
 # What may differ when an evaluation goes on: the grid can grow, and results do not depend on the mesh.
 _FREE = (
     "model", "output", "lengths", "method", "haystack", "depths", "per_cell", "per_task", "tasks", "qa", "mesh",
-    "layout", "strategy", "host_size", "backend", "simulated_devices", "progress", "rows", "allow_beyond", "template", "dtype",
-    "stage", "adapter",
+    "layout", "strategy", "host_size", "backend", "simulated_devices", "progress", "rows", "allow_beyond", "template",
+    "dtype", "stage", "adapter",
 )  # fmt: skip
 
 
@@ -117,7 +117,8 @@ def _open_model(config: EvalConfig) -> Methods:
         changes["rope_theta"], context = config.rope_theta, float("inf")  # how far it carries, the user knows
     parallel = Parallel()
     if config.mesh is not None:
-        parallel = Parallel(make_mesh(config.mesh), config.layout, config.strategy, config.backend, host_size=config.host_size)
+        mesh = make_mesh(config.mesh)
+        parallel = Parallel(mesh, config.layout, config.strategy, config.backend, host_size=config.host_size)
     template = getattr(config, "template", None)
     template = None if template in (LWM, NONE, CHAT) else template
     options = dict(dtype=config.dtype, template=template, changes=changes)

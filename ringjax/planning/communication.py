@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | ring, forward | (R − 1) · kv (`traffic.py`) | the hop's attention |
 | ring, backward | (R − 1) · (kv + sums), and dK, dV once more to go home | the hop's attention; the first is not |
-| two_level | as the ring, of which (hosts − 1) · (kv, or kv + sums) by the slow links | a hop; across hosts, all hops of a turn |
+| two_level | as the ring, hosts − 1 times by the slow links | a hop; across hosts, all hops of a turn |
 | hybrid | ulysses inside a host, and a ring of (groups − 1) rotations between | nothing; the ring as a ring |
 | all_gather | (R − 1) · kv forward, again backward, and the sums' reduce-scatter | nothing |
 | ulysses | (R − 1)/R of q, k, v and out forward, twice as much backward | nothing |

@@ -28,6 +28,7 @@ def one(tmp_path_factory, cache):
         (2, "2,1,1,4", "ring"),  # rows apart
         (2, "1,1,1,8", "ring"),  # a ring across
         (2, "1,1,1,8", "hybrid"),  # heads traded inside a process, a ring between them
+        (2, "1,1,1,8", "two_level"),  # around inside a process, across meanwhile
         (4, "2,1,1,4", "ring"),  # both: each ring lies on two processes
     ],
 )
