@@ -31,6 +31,8 @@ from ringjax.data.tokenizers import load_tokenizer
 
 _log = logging.getLogger(__name__)
 SKIPPED = "skipped.txt"
+# What changes no byte of a data set.
+_IMMATERIAL = ("inputs", "output", "workers", "executor", "overwrite", "progress")
 
 
 def run_tokenize(config: TokenizeConfig) -> TokenizeReport:
@@ -53,23 +55,51 @@ def run_tokenize(config: TokenizeConfig) -> TokenizeReport:
         join_as=config.join_as, seed=config.seed,
     )  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
+    portions = [
+        tuple(bundles[i : i + config.examples_per_shard]) for i in range(0, len(bundles), config.examples_per_shard)
+    ]
+    recipe, made_with = _recipe(config)
+    made_with |= {"inputs": inputs}
+    make = _make_on_ray if config.executor == "ray" else _make_here
+    with _progress_bar(config.progress, len(bundles)) as advance:
+        results = make(config, output, recipe, portions, made_with, advance)
+    return _report(output, results)
+
+
+def _make_here(config: TokenizeConfig, output: Path, recipe: Recipe, portions, made_with: dict, advance) -> list:
     _mention_leftovers(output)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=output.parent))
+    recipe = dataclasses.replace(recipe, folder=str(unfinished))
+    results = []
     try:
-        recipe, made_with = _recipe(config, unfinished)
-        portions = [
-            tuple(bundles[i : i + config.examples_per_shard]) for i in range(0, len(bundles), config.examples_per_shard)
-        ]
-        results = []
-        with _progress_bar(config.progress, len(bundles)) as advance:
-            for portion, result in zip(portions, _results(recipe, portions, _workers(config)), strict=True):
-                results.append(result)
-                advance(len(portion))
-        _write_meta(unfinished, results, made_with | {"inputs": inputs})
+        for portion, result in zip(portions, _results(recipe, portions, _workers(config)), strict=True):
+            results.append(result)
+            advance(len(portion))
+        _write_meta(unfinished, results, made_with)
         _put_in_place(unfinished, output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return _report(output, results)
+    return results
+
+
+def _make_on_ray(config: TokenizeConfig, output: Path, recipe: Recipe, portions, made_with: dict, advance) -> list:
+    """The same on a Ray cluster; what was made stays when a run is stopped, and the same command goes on from it."""
+    from ringjax.data.tokenize_ray import ray_results, require_ray, resumable_folder, tidy
+
+    require_ray()
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _IMMATERIAL}
+    unfinished = resumable_folder(output.absolute(), settings | made_with)
+    _mention_leftovers(output, but=unfinished.name)
+    recipe = dataclasses.replace(recipe, folder=str(unfinished))
+    found: dict[int, ShardResult] = {}
+    for number, result in ray_results(recipe, portions, config.workers):
+        found[number] = result
+        advance(len(portions[number]))
+    results = [found[number] for number in range(len(portions))]
+    tidy(unfinished)
+    _write_meta(unfinished, results, made_with)
+    _put_in_place(unfinished, output)
+    return results
 
 
 def _lines(config: TokenizeConfig) -> tuple[list[Line], list[dict]]:
@@ -108,7 +138,7 @@ def _is_in_split(rows: JsonLines, row: int, config: TokenizeConfig) -> bool:
     return not isinstance(caption, str) or heldout(caption, config.heldout_share) == (config.split == "heldout")
 
 
-def _recipe(config: TokenizeConfig, folder: Path) -> tuple[Recipe, dict]:
+def _recipe(config: TokenizeConfig) -> tuple[Recipe, dict]:
     """What the workers need, and what the data set says of its making. Faulty tokenizers are found here."""
     codes_per_frame, vision_codes, vision_fingerprint = config.codes_per_frame, config.vision_codes or CODES, None
     if config.vision_tokenizer is not None:
@@ -123,7 +153,7 @@ def _recipe(config: TokenizeConfig, folder: Path) -> tuple[Recipe, dict]:
     names = "separator", "add_bos", "add_eos", "max_frames", "fit", "mirror", "join_as", "caption_words"
     shared = {name: getattr(config, name) for name in names}
     recipe = Recipe(
-        folder=str(folder),
+        folder="",  # the caller knows
         fields=config.fields,
         tokenizer=config.tokenizer,
         vision_tokenizer=config.vision_tokenizer,
@@ -228,8 +258,8 @@ def _write_meta(folder: Path, results: list[ShardResult], made_with: dict) -> No
     (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def _mention_leftovers(output: Path) -> None:
-    left = sorted(output.parent.glob(f".{output.name}.unfinished-*"))
+def _mention_leftovers(output: Path, but: str = "") -> None:
+    left = [path for path in sorted(output.parent.glob(f".{output.name}.unfinished-*")) if path.name != but]
     if left:
         _log.warning(
             "%s is left from a run that was killed, or belongs to one still going; delete it in the first case", left[0]
