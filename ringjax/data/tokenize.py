@@ -8,6 +8,7 @@ like a data set.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import multiprocessing
@@ -15,12 +16,14 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from ringjax.data.bundles import Bundle, Line, plan
+import numpy as np
+
+from ringjax.data.bundles import Bundle, Line, Lines, Portions, plan
 from ringjax.data.errors import DataError
 from ringjax.data.heldout import heldout
 from ringjax.data.jsonl import JsonLines
@@ -55,9 +58,7 @@ def run_tokenize(config: TokenizeConfig) -> TokenizeReport:
         join_as=config.join_as, seed=config.seed,
     )  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
-    portions = [
-        tuple(bundles[i : i + config.examples_per_shard]) for i in range(0, len(bundles), config.examples_per_shard)
-    ]
+    portions = Portions(bundles, config.examples_per_shard)
     recipe, made_with = _recipe(config)
     made_with |= {"inputs": inputs}
     make = _make_on_ray if config.executor == "ray" else _make_here
@@ -102,8 +103,8 @@ def _make_on_ray(config: TokenizeConfig, output: Path, recipe: Recipe, portions,
     return results
 
 
-def _lines(config: TokenizeConfig) -> tuple[list[Line], list[dict]]:
-    lines, inputs = [], []
+def _lines(config: TokenizeConfig) -> tuple[Lines, list[dict]]:
+    files, inputs = [], []
     for name in config.inputs:
         path = Path(name)
         if path.suffix == ".txt":
@@ -111,15 +112,18 @@ def _lines(config: TokenizeConfig) -> tuple[list[Line], list[dict]]:
                 raise ValueError(f"split {config.split} is by captions, and {name} has none; tokenize it by itself")
             if not path.is_file():
                 raise FileNotFoundError(f"input {name} does not exist")
-            lines.append(Line(name, 0, path.stat().st_size, None))
+            files.append((1, functools.partial(_text, name, path.stat().st_size)))
             inputs.append({"name": path.name, "sha256": file_digest(path)})
         elif path.suffix in (".jsonl", ".ndjson", ".json"):
             rows = JsonLines(path)
-            wanted = [row for row in range(len(rows)) if _is_in_split(rows, row, config)]
-            lines += [Line(name, *rows.span(row), int(rows.line_index[row])) for row in wanted]
+            wanted = range(len(rows))
+            if config.split != "all":
+                wanted = np.array([row for row in wanted if _is_in_split(rows, row, config)], np.int64)
+            files.append((len(wanted), functools.partial(_line, name, rows, wanted)))
             inputs.append({"name": path.name, "sha256": rows.fingerprint})
         else:
             raise ValueError(f"input {name} is of no known kind; give .jsonl or .txt files")
+    lines = Lines(files)
     if not lines:
         raise ValueError(
             f"split {config.split} has no line at heldout_share {config.heldout_share}; change one of them"
@@ -127,10 +131,17 @@ def _lines(config: TokenizeConfig) -> tuple[list[Line], list[dict]]:
     return lines, inputs
 
 
+def _text(name: str, size: int, place: int) -> Line:
+    return Line(name, 0, size, None)
+
+
+def _line(name: str, rows: JsonLines, wanted: Sequence[int], place: int) -> Line:
+    row = int(wanted[place])
+    return Line(name, *rows.span(row), int(rows.line_index[row]))
+
+
 def _is_in_split(rows: JsonLines, row: int, config: TokenizeConfig) -> bool:
     """A line that cannot be read is in every split: what is wrong with it is told when its turn comes."""
-    if config.split == "all":
-        return True
     try:
         caption = rows[row].get(config.caption_key)
     except DataError:
@@ -191,7 +202,7 @@ def _workers(config: TokenizeConfig) -> int:
     return os.cpu_count() or 1
 
 
-def _results(recipe: Recipe, portions: list[tuple[Bundle, ...]], workers: int) -> Iterator[ShardResult]:
+def _results(recipe: Recipe, portions: Sequence[tuple[Bundle, ...]], workers: int) -> Iterator[ShardResult]:
     """The result of every portion, in order."""
     workers = min(workers, len(portions))
     if workers == 0:

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from ringjax.data.tokenize_shard import Recipe, ShardResult, start_worker, work
 MADE, MAKING = "made", "making"
 # Portions of a worker that are one task of Ray: enough to share out evenly, few enough to keep track of.
 TASKS_EACH = 8
+# Portions whose places are in memory at once.
+AT_ONCE = 4096
 
 
 def require_ray() -> Any:
@@ -97,7 +99,17 @@ def ray_results(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     size = min(len(todo), workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
-    items = [{"number": number, "portion": _portion_text(portions[number])} for number in todo]
+    for first in range(0, len(todo), AT_ONCE):
+        some = todo[first : first + AT_ONCE]
+        yield from _made(ray, recipe, {number: portions[number] for number in some}, min(size, len(some)))
+
+
+def _made(
+    ray, recipe: Recipe, portions: Mapping[int, tuple[Bundle, ...]], size: int
+) -> Iterator[tuple[int, ShardResult]]:
+    """The portions by `size` workers, as they come."""
+    folder = Path(recipe.folder)
+    items = [{"number": number, "portion": _portion_text(portion)} for number, portion in portions.items()]
     rows = ray.data.from_items(items, override_num_blocks=min(len(items), TASKS_EACH * size)).map(
         RayWorker, fn_constructor_args=(recipe, os.getcwd()), compute=ray.data.ActorPoolStrategy(size=size), num_cpus=1
     )
