@@ -19,27 +19,25 @@ from ringjax.training.metrics import read_metrics
 
 DEVICES = 8
 CONFIG = """
-model: {width: 32, ffn_width: 64, layers: 2, heads: 8, kv_heads: 4, vocab_size: 512, vision_vocab_size: 0,
+model: {width: 32, ffn_width: 64, layers: 1, heads: 8, kv_heads: 4, vocab_size: 512, vision_vocab_size: 0,
         dtype: float32, loss_chunk: 64}
 data: {sources: [{path: "sample:prose"}]}
 training: {seq_len: 64, batch_size: 8}
 optimizer: {learning_rate: 3.0e-3, warmup_steps: 2, schedule: constant}
-checkpoint: {every: 8}
+checkpoint: {every: 4}
 logging: {progress: plain, every: 1, plot: false}
 """
 # Processes, mesh dp,fsdp,tp,sp, strategy, and what lies on different processes.
 TRAINED = (
     (2, "2,1,1,4", "ring", "rows"),
-    (2, "1,1,1,8", "ring", "halves of the ring"),
     (2, "1,1,1,8", "two_level", "halves of the ring"),
     (2, "1,1,1,8", "hybrid", "halves of the ring"),
-    (2, "1,2,1,4", "ring", "rows, and halves of the parameters"),
     (4, "2,1,1,4", "ring", "rows, and halves of each ring"),
     (4, "1,1,1,8", "two_level", "quarters of the ring"),
     (4, "1,2,2,2", "ring", "rows, heads and parameters"),
 )
 GOES_ON = ((4, "2,1,1,4"), (2, "1,2,2,2"), (1, "1,1,1,8"))
-ASKED = ((1, None), (2, "1,1,1,8"), (4, "1,1,2,4"), (4, "2,1,1,4"))
+ASKED = ((1, None), (2, "1,1,1,8"), (4, "1,1,2,4"))
 WORDS = ("--prompt", "It was", "--max_new_tokens", "24", "--temperature", "0.7", "--seed", "1")
 
 
@@ -47,7 +45,7 @@ def main() -> None:
     """Run everything and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/processes"))
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=12)
     options = parser.parse_args()
     folder: Path = options.folder
     shutil.rmtree(folder, ignore_errors=True)

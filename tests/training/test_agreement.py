@@ -94,6 +94,20 @@ def test_a_host_with_other_data_stops_all_and_is_named(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_host_that_lacks_devices_is_named(tmp_path):
+    """Not hung: what differs is in no config, and the devices' own exchange does not mind."""
+    processes = [
+        start(tmp_path / "run", "--mesh.simulated_devices", "0", "--mesh.shape", "1,1,1,-1", cache=tmp_path,
+              JAX_NUM_CPU_DEVICES=str(2 - i), **variables)
+        for i, variables in enumerate(cluster(2))
+    ]  # fmt: skip
+    for process in processes:
+        printed = finish(process, code=2)
+        assert "cannot begin together (devices)" in printed
+        assert "devices is 1 × cpu, and 2 × cpu in process 0" in printed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option, said",
     [
