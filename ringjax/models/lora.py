@@ -55,8 +55,8 @@ class LoraConfig:
             raise ValueError("targets is empty; name at least one linear layer, such as wq")
         if self.dropout != 0:
             raise ValueError(
-                f"lora.dropout {self.dropout} of the adapters' inputs is not here; use 0, and model.dropout, which drops"
-                " what layers add, adapters included"
+                f"lora.dropout {self.dropout} of the adapters' inputs is not here; use 0, and model.dropout, which"
+                " drops what layers add, adapters included"
             )
         unknown = next((name for name in self.also if name not in _ALSO), None)
         if unknown is not None:
