@@ -108,6 +108,9 @@ class ModelConfig:
     """For training: S²-Attn in groups of so many tokens (LongLoRA, `models/shifted.py`); null: full attention."""
     softcap: float | None = None
     """Attention scores are softcap · tanh(score / softcap); null: as they are."""
+    dropout: float = 0.0
+    """For training: this share of the embedding, and of what attention and feed-forward add to the stream, is dropped
+    (`models/dropout.py`)."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     dtype: Dtype = "bfloat16"
@@ -138,6 +141,8 @@ class ModelConfig:
             raise ValueError(f"sinks {self.sinks} without a window: every token is visible anyhow; set a window too")
         if self.softcap is not None:
             _positive("softcap", self.softcap)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} must be at least 0 and below 1: it is the share that is dropped")
         self._check_groups()
         for name, choices in (("dtype", get_args(Dtype)), ("param_dtype", get_args(Dtype)), ("remat", get_args(Remat))):
             _one_of(name, getattr(self, name), choices)

@@ -44,7 +44,7 @@ class LoraConfig:
     also: tuple[Also, ...] = ()
     """What is trained whole beside the adapters: norms, embeddings."""
     dropout: float = 0.0
-    """Of the adapters' inputs: only 0, nothing in a step of training is random."""
+    """Of the adapters' inputs: only 0; the model's own `dropout` drops what its layers add, adapters included."""
 
     def __post_init__(self):
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -54,7 +54,10 @@ class LoraConfig:
         if not self.targets:
             raise ValueError("targets is empty; name at least one linear layer, such as wq")
         if self.dropout != 0:
-            raise ValueError(f"dropout {self.dropout} is not here: a step has nothing random in it; use 0")
+            raise ValueError(
+                f"lora.dropout {self.dropout} of the adapters' inputs is not here; use 0, and model.dropout, which"
+                " drops what layers add, adapters included"
+            )
         unknown = next((name for name in self.also if name not in _ALSO), None)
         if unknown is not None:
             raise ValueError(f"also {unknown!r} is not one of {', '.join(_ALSO)}")

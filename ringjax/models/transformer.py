@@ -19,6 +19,7 @@ from ringjax.attention import Reach
 from ringjax.attention.kernels.base import target
 from ringjax.models.cache import CacheType, KVCache, append_and_attend, check_capacity, filled
 from ringjax.models.config import ModelConfig
+from ringjax.models.dropout import ATTENTION, EMBEDDING, FEED_FORWARD, Dropout
 from ringjax.models.features import Features, splice
 from ringjax.models.feed_forward import FeedForward
 from ringjax.models.layers import Embedding, Linear, RMSNorm, look_up, stacked
@@ -90,9 +91,9 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], rope: "Rotations", reach: Reach | None, parallel: Parallel,
-        prefix: Prefix | None = None, layer: Int[Array, ""] | int = 0,
+        prefix: Prefix | None = None, layer: Int[Array, ""] | int = 0, dropout: Dropout | None = None,
     ):  # fmt: skip
-        """The block's output, and its keys (rotated) and values; `layer` is its place in the `prefix`."""
+        """The block's output, and its keys (rotated) and values; `layer` is its place in `prefix` and `dropout`."""
         config = self.config
         with jax.named_scope("attention"):
             q, k, v, q_sinks = self.attention.project(self.attention_norm(x), rope, parallel)
@@ -108,8 +109,9 @@ class Block(nnx.Module):
                     attended = with_sinks(*seen, q_sinks, k, v, rope.positions, config=config, parallel=parallel)
                 else:
                     attended = with_prefix(*seen, q, prefix, layer, softcap=config.softcap, parallel=parallel)
-            x = checkpoint_name(x + self.attention.output(attended, parallel), "attended_stream")
-        return self._feed(x, parallel), (k, v)
+            added = _dropped(self.attention.output(attended, parallel), dropout, ATTENTION, layer)
+            x = checkpoint_name(x + added, "attended_stream")
+        return self._feed(x, parallel, layer, dropout), (k, v)
 
     def decode(
         self, x: Float[Array, "B T D"], rope: "Rotations", cache: KVCache, layer, parallel: Parallel,
@@ -128,9 +130,9 @@ class Block(nnx.Module):
             x = x + self.attention.output(attended, parallel)
         return self._feed(x, parallel), cache
 
-    def _feed(self, x, parallel: Parallel):
+    def _feed(self, x, parallel: Parallel, layer=0, dropout: Dropout | None = None):
         with jax.named_scope("feed_forward"):
-            x = x + self.feed_forward(self.ffn_norm(x), parallel)
+            x = x + _dropped(self.feed_forward(self.ffn_norm(x), parallel), dropout, FEED_FORWARD, layer)
         return parallel.constrain(x, "batch", "sequence", None)
 
 
@@ -174,9 +176,12 @@ class Transformer(nnx.Module):
         *,
         features: Features | None = None,
         parallel: Parallel = _ONE_DEVICE,
+        dropout: Dropout | None = None,
     ) -> Float[Array, "B T D"]:
-        """The final norm's output. Memory is linear in T: no logits, nothing T × T."""
-        x, _ = self._through(tokens, modality, positions, reach, features, parallel, keep=lambda k, v: None)
+        """The final norm's output. Memory is linear in T: no logits, nothing T × T. Only training has `dropout`."""
+        x, _ = self._through(
+            tokens, modality, positions, reach, features, parallel, keep=lambda k, v: None, dropout=dropout
+        )
         return self.ln_f(x)
 
     def prefill(
@@ -251,14 +256,16 @@ class Transformer(nnx.Module):
         head, table = (self.lm_head, self.wte) if modality == "text" else (self.vision_head, self.vte)
         return table.embedding[...].T if head is None else head.whole
 
-    def _through(self, tokens, modality, positions, reach, features, parallel: Parallel, keep, prefix=None):
+    def _through(
+        self, tokens, modality, positions, reach, features, parallel: Parallel, keep, prefix=None, dropout=None
+    ):
         """The stream after all blocks, and what `keep` makes of every block's keys and values, stacked."""
         tokens, modality, positions = _checked(tokens, modality, positions)
         rope = Rotations.of(positions, self.config)
-        x = self._embed(tokens, modality, parallel, features)
+        x = _dropped(self._embed(tokens, modality, parallel, features), dropout, EMBEDDING)
 
         def attend(block, x, layer):
-            x, (k, v) = block(x, rope, reach, parallel, prefix, layer)
+            x, (k, v) = block(x, rope, reach, parallel, prefix, layer, dropout)
             return x, keep(k, v)
 
         if not isinstance(self.h, Block):
@@ -269,7 +276,8 @@ class Transformer(nnx.Module):
             lambda x, layer: attend(nnx.merge(graph, layer[0]), x, layer[1]), self.config.remat, parallel,
             unrolled=unroll > 1,
         )  # fmt: skip
-        index = None if prefix is None else jnp.arange(self.config.layers, dtype=jnp.int32)
+        plain = prefix is None and dropout is None
+        index = None if plain else jnp.arange(self.config.layers, dtype=jnp.int32)
         return lax.scan(block, x, (blocks, index), unroll=unroll)
 
     def _embed(self, tokens, modality, parallel: Parallel, features: Features | None = None) -> Float[Array, "B T D"]:
@@ -284,6 +292,10 @@ class Transformer(nnx.Module):
                 return look_up(self.wte.embedding[...], text_only, jnp.ones_like(modality), dtype, parallel)
             text = look_up(self.wte.embedding[...], tokens, ~modality, dtype, parallel)
             return text + look_up(self.vte.embedding[...], tokens, modality, dtype, parallel)
+
+
+def _dropped(x, dropout: Dropout | None, site: int, layer=0):
+    return x if dropout is None else dropout(x, site, layer)
 
 
 def _checked(tokens, modality, positions):

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a rich display on a terminal, plain lines elsewhere, one process only."""
 
+import collections
 import contextlib
 import sys
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TextIO
 
 Words = Callable[[dict[str, Any]], str]
+_SPEEDS = ("tokens_per_second", "pictures_per_second", "mfu")
 
 
 def format_duration(seconds: float) -> str:
@@ -60,7 +62,7 @@ class PlainLines(Quiet):
 
     def __init__(self, every: int, stream: TextIO | None = None, words: Words = describe):
         self._every, self._stream, self._words = every, stream or sys.stdout, words
-        self._left = _TimeLeft()
+        self._left, self._speeds = _TimeLeft(), _Speeds(every)
         self._stage, self._steps = "", 0
 
     def start_stage(self, name: str, done: int, steps: int) -> None:
@@ -69,7 +71,7 @@ class PlainLines(Quiet):
 
     def step(self, record: dict[str, Any]) -> None:
         done = record["stage_step"]
-        left = self._left.after(done)
+        left, record = self._left.after(done), self._speeds.over_last(record)
         if done % self._every == 0 or done in (1, self._steps):
             self.say(f"{self._stage} {done}/{self._steps}  {self._words(record)}  left {left}")
 
@@ -92,7 +94,7 @@ class RichDisplay(Quiet):
             TextColumn("{task.fields[measured]}  [cyan]left {task.fields[left]}"),
             console=console,
         )
-        self._left, self._words = _TimeLeft(), words
+        self._left, self._speeds, self._words = _TimeLeft(), _Speeds(20), words
         self._task = None
         self._progress.start()
 
@@ -103,7 +105,7 @@ class RichDisplay(Quiet):
         self._task = self._progress.add_task(name, total=steps, completed=done, measured="compiling …", left="?")
 
     def step(self, record: dict[str, Any]) -> None:
-        done = record["stage_step"]
+        done, record = record["stage_step"], self._speeds.over_last(record)
         self._progress.update(self._task, completed=done, measured=self._words(record), left=self._left.after(done))
 
     def say(self, message: str) -> None:
@@ -113,6 +115,21 @@ class RichDisplay(Quiet):
 
     def close(self) -> None:
         self._progress.stop()
+
+
+class _Speeds:
+    """Speeds over the last steps: one step alone is measured between two looks at the devices, and jumps."""
+
+    def __init__(self, steps: int):
+        self._seconds: collections.deque[float] = collections.deque(maxlen=max(1, steps))
+
+    def over_last(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with its speeds as means over the last steps; a step without a time counts for nothing."""
+        if not record.get("seconds"):
+            return record
+        self._seconds.append(record["seconds"])
+        share = record["seconds"] * len(self._seconds) / sum(self._seconds)
+        return record | {name: record[name] * share for name in _SPEEDS if record.get(name) is not None}
 
 
 class _TimeLeft:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from ringjax.attention import Reach
 from ringjax.models.config import ModelConfig
+from ringjax.models.dropout import Dropout
 from ringjax.models.lora import LoraConfig, new_trained, split_trained
 from ringjax.models.lora import abstract as adapted_abstract
 from ringjax.models.parallel import Parallel
@@ -51,12 +52,13 @@ def make_trainer(
     start: int,
     donate: bool = True,
     lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> Trainer:
     """The functions of a stage of `steps` steps that begins at step `start` of the run.
 
     `abstract` holds shapes, dtypes and shardings of the whole state: what a checkpoint is restored to. `donate`: a step
     overwrites the state it is given. With `lora` only adapters (and what it trains beside them) have gradients and
-    moments; they are float32, the frozen parameters of the model's type.
+    moments; they are float32, the frozen parameters of the model's type. `seed`: of what `dropout` drops.
     """
     optimizer = make_optimizer(config)
     plain = Transformer.abstract(model)
@@ -87,12 +89,24 @@ def make_trainer(
     full = Transformer.abstract(whole_attention) if lora is None else adapted_abstract(whole_attention, lora)
     full_graph = nnx.graphdef(full)
 
-    def loss_sums(whole, batch: Batch, graph=graph) -> tuple[Float[Array, ""], LossSums]:
-        sums = batch_loss(nnx.merge(graph, whole), batch, parallel, model.loss_chunk)
+    def loss_sums(whole, batch: Batch, graph=graph, dropout=None) -> tuple[Float[Array, ""], LossSums]:
+        sums = batch_loss(nnx.merge(graph, whole), batch, parallel, model.loss_chunk, dropout)
         return sums.text_loss_sum + sums.vision_loss_sum, sums
 
+    def drops(step, micro: Batch) -> Dropout | None:
+        if not model.dropout:
+            return None
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        return Dropout.of(model.dropout, key, micro["first_row"], *micro["tokens"].shape, parallel)
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradient = jax.grad(lambda params, micro: loss_sums(state._replace(params=params).whole, micro), has_aux=True)
+        def loss(params, micro: Batch):
+            return loss_sums(state._replace(params=params).whole, micro, dropout=drops(state.step, micro))
+
+        gradient = jax.grad(loss, has_aux=True)
+        if model.dropout:
+            micros, rows, _ = batch["tokens"].shape
+            batch = {**batch, "first_row": rows * jnp.arange(micros, dtype=jnp.int32)}
         grads, sums = accumulate(gradient, state.params, batch, shardings.params)
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: g / weight, grads)
@@ -123,10 +137,14 @@ def _placed(abstract: Any, shardings: Any) -> Any:
     return jax.tree.map(place, abstract, shardings)
 
 
-def batch_loss(model: Transformer, batch: Batch, parallel: Parallel, chunk: int) -> LossSums:
+def batch_loss(
+    model: Transformer, batch: Batch, parallel: Parallel, chunk: int, dropout: Dropout | None = None
+) -> LossSums:
     """Sums of weighted losses and of weights of one micro-batch `[B, T]`, by modality."""
     reach = Reach(batch["behind"], batch["ahead"])
-    hidden = model.hidden(batch["tokens"], batch["modality"], batch["positions"], reach, parallel=parallel)
+    hidden = model.hidden(
+        batch["tokens"], batch["modality"], batch["positions"], reach, parallel=parallel, dropout=dropout
+    )
     return cross_entropy(model, hidden, batch, parallel=parallel, chunk=chunk)
 
 

@@ -56,7 +56,7 @@ class TransformerTask(Task):
         stage, training = self.stage, self.stage.training
         return make_trainer(
             stage.model, stage.optimizer, self._parallel(mesh), steps=training.steps, start=start,
-            donate=not training.debug_nans, lora=self.lora,
+            donate=not training.debug_nans, lora=self.lora, seed=seed if stage.model.dropout else 0,
         )  # fmt: skip
 
     def _parallel(self, mesh: Mesh) -> Parallel:

@@ -128,7 +128,7 @@ def test_gradients_do_not_depend_on_the_mesh():
         ({"rank": 0}, "rank 0 must be a whole number"),
         ({"alpha": 0.0}, "alpha 0.0 must be"),
         ({"targets": ()}, "targets is empty"),
-        ({"dropout": 0.1}, "dropout 0.1 is not here"),
+        ({"dropout": 0.1}, "lora.dropout 0.1 .* is not here"),
         ({"also": ("heads",)}, "also 'heads' is not one of norms, embeddings"),
     ],
 )

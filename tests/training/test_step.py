@@ -40,11 +40,11 @@ def make_batch(seed=0):
     }
 
 
-def two_steps(shape, layout="striped", accumulation=1):
+def two_steps(shape, layout="striped", accumulation=1, model=MODEL, seed=0):
     """Metrics of two steps: the second one sees the gradients of the first."""
     mesh = make_mesh(shape)
     parallel = Parallel(mesh, layout)
-    trainer = make_trainer(MODEL, OptimizerConfig(learning_rate=1e-2), parallel, steps=10, start=0)
+    trainer = make_trainer(model, OptimizerConfig(learning_rate=1e-2), parallel, steps=10, start=0, seed=seed)
     state, found = trainer.init(0), []
     for seed in range(2):
         order = layouts.get(layout)
@@ -121,3 +121,28 @@ def test_evaluation_sees_everything_where_training_sees_groups():
         losses[group] = float(trainer.step(state, batch)[1]["loss"]), float(evaluated.loss)
     assert losses[4][1] == pytest.approx(losses[None][1], rel=1e-5)
     assert abs(losses[4][0] - losses[None][0]) > 1e-5
+
+
+DROPPED = dataclasses.replace(MODEL, dropout=0.25, layers=2)
+
+
+def test_dropout_does_not_depend_on_the_mesh_the_layout_or_the_micro_batches():
+    plain, _ = two_steps("8,1,1,1", model=DROPPED)
+    assert plain[0]["loss"] != pytest.approx(two_steps("8,1,1,1", model=DROPPED, seed=1)[0][0]["loss"], rel=1e-4)
+    assert_same(two_steps("1,2,2,2", "zigzag", model=DROPPED)[0], plain)
+    assert_same(two_steps("1,1,1,8", accumulation=4, model=DROPPED)[0], plain)
+
+
+def test_dropout_is_for_training_alone():
+    for remat in ("none", "full"):
+        parallel = Parallel(make_mesh("2,1,1,4"))
+        model = dataclasses.replace(DROPPED, remat=remat)
+        trainer = make_trainer(model, OptimizerConfig(), parallel, steps=10, start=0, donate=False)
+        state = trainer.init(0)
+        batch = place_batch(make_batch(), parallel.mesh, 1, row_group(parallel.mesh, ROWS))
+        _, trained = trainer.step(state, batch)
+        evaluated = trainer.evaluate(state.whole, batch).loss[0]
+        without = dataclasses.replace(model, dropout=0.0)
+        plain = make_trainer(without, OptimizerConfig(), parallel, steps=10, start=0, donate=False)
+        assert float(evaluated) == pytest.approx(float(plain.step(state, batch)[1]["loss"]), rel=1e-6)
+        assert float(evaluated) != pytest.approx(float(trained["loss"]), rel=1e-4)
