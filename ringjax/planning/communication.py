@@ -104,17 +104,20 @@ def of_stage(stage: StageConfig, sizes: tuple[int, int, int, int], target: Targe
     return found.plus(_copies(stage, sizes, target))
 
 
-def waiting(stage: StageConfig, sp: int) -> float:
+def waiting(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) -> float:
     """How many times as long attention takes as the work that it is, for the busiest device of each hop.
 
     Contiguous shards leave half of the machine idle under a causal mask, striped and zigzag ones nothing (`work.py`).
     A window that is shorter than a shard leaves no hop but two.
     """
-    if sp == 1 or stage.mesh.layout != "contiguous" or stage.mesh.strategy == "ulysses":
+    groups = sizes[3]
+    if stage.mesh.strategy == "hybrid":
+        groups //= group(stage, sizes, target)
+    if groups == 1 or stage.mesh.layout != "contiguous" or stage.mesh.strategy == "ulysses":
         return 1.0
     if stage.mesh.strategy == "all_gather":  # the last shard sees everything, the mean one half
-        return 2.0 - 1.0 / sp
-    return work.causal_speed_up(sp, stage.training.seq_len)
+        return 2.0 - 1.0 / groups
+    return work.causal_speed_up(groups, stage.training.seq_len)
 
 
 def _traffic(stage: StageConfig, sizes: tuple[int, int, int, int]) -> traffic.Traffic:
