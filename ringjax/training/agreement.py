@@ -81,6 +81,9 @@ def _statement(facts: Callable[[], Facts]) -> dict[str, Any]:
 
 def verdict(what: str, statements: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each process that differs from most (from process 0 where none are most); empty where all agree."""
+    problems = {found.get("problem") for found in statements}
+    if len(problems) == 1 and None not in problems:
+        return list(problems)  # a mistake that all share is no difference
     named = [f"process {index} on {found['host']}" for index, found in enumerate(statements)]
     failed = [f"{who}: {found['problem']}" for who, found in zip(named, statements) if "problem" in found]
     lines = failed or list(_differences(named, [found["facts"] for found in statements]))

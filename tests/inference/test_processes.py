@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation import small
+from tests.tiny_run import tiny_run
 from tests.training.runs import cluster, command, finish
 
 pytestmark = pytest.mark.slow
@@ -68,6 +69,25 @@ def test_processes_measure_the_same_and_one_goes_on(folder, tmp_path, count, mes
     # Another number of processes has nothing left to ask.
     ringjax(1, folder / "cache", *asked, "--output", str(several))
     assert [record["losses"] for record in results(several)] == found
+
+
+def test_processes_draw_and_judge_the_same_pictures(folder, tmp_path):
+    """A run of digits: a drawing with guidance (two rows, so dp 2), then captions by likelihood."""
+    run = str(tiny_run())
+    drawing = ("generate", run, "--prompt", "seven", "--seed", "2")
+    asked = ("eval", "captions", run, "--count", "3", "--choices", "3", "--progress", "none")
+    found = {}
+    for count, where in ((1, ()), (2, ("--mesh", "2,1,1,2"))):
+        picture, output = tmp_path / f"{count}.png", tmp_path / f"captions{count}"
+        said = ringjax(count, folder / "cache", *drawing, "--draw", str(picture), *where)
+        assert str(picture) in said[0] and not any(str(picture) in printed for printed in said[1:])
+        ringjax(count, folder / "cache", *asked, "--output", str(output), *where)
+        found[count] = picture.read_bytes(), results(output)
+    assert found[1][0] == found[2][0]
+    for one, other in zip(found[1][1], found[2][1], strict=True):
+        assert (one["text"], one["choices"], one["right"]) == (other["text"], other["choices"], other["right"])
+        # The file has four digits after the point.
+        np.testing.assert_allclose(one["log_likelihoods"], other["log_likelihoods"], rtol=1e-5, atol=1e-4)
 
 
 def test_processes_without_a_mesh_are_refused(folder):

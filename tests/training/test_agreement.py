@@ -34,6 +34,10 @@ def test_a_problem_of_one_process_comes_before_what_differs():
     assert agreement.verdict("data", found)[1:] == ["process 1 on b: data file x does not exist"]
 
 
+def test_a_problem_of_all_is_said_once():
+    assert agreement.verdict("data", [{"host": h, "problem": "no such file"} for h in "abc"]) == ["no such file"]
+
+
 def test_many_lines_are_cut():
     lines = agreement.verdict("data", statements(*[{f"{i}": str(i * p) for i in range(1, 40)} for p in (1, 2)]))
     assert len(lines) == 14 and lines[-1] == "and 27 more lines like these"
