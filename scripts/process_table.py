@@ -1,5 +1,5 @@
 """Trains, goes on, evaluates and writes with several processes on this machine, beside one, and prints the tables of
-docs/results/several_processes.md. CPU devices and Gloo; about ten minutes on two cores that have nothing else to do.
+docs/results/several_processes.md. CPU devices and Gloo; 22 minutes on two cores shared with much other work.
 
     python scripts/process_table.py                       # into runs/processes
     python scripts/process_table.py --folder /tmp/x --steps 24
