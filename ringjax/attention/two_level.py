@@ -16,7 +16,7 @@ The backward pass goes around once more, other hosts' shards first and the own h
 turn come home inside the host and then follow their K and V to the next host one turn behind; the way home across
 hides behind the own host's turn. What nothing hides: the first transfer across, and the first rotation of each turn.
 
-The double ring of LoongTrain (Gu et al. 2024, arXiv:2406.18485, §4.3), with any layout and mask.
+The double ring of LoongTrain (Gu et al. 2024, arXiv:2406.18485), with any layout and mask.
 """
 
 import dataclasses

@@ -9,7 +9,6 @@ too. Process 0 reads one value of each process and writes one.
 """
 
 import collections
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -23,6 +22,7 @@ from typing import Any
 import jax
 import yaml
 
+from ringjax.training.load import to_plain
 from ringjax.training.yaml_tree import ConfigError
 
 PACKAGES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "libtpu"
@@ -132,7 +132,7 @@ def _code() -> str:
 
 def settings(config: Any, but: Sequence[str] = ("distributed",)) -> dict[str, str]:
     """The resolved config by dotted names, without the fields `but`, which are each process's own."""
-    plain = {name: value for name, value in dataclasses.asdict(config).items() if name not in but}
+    plain = {name: value for name, value in to_plain(config).items() if name not in but}
     return {f"config {name}": value for name, value in _leaves(plain, "")}
 
 
@@ -140,15 +140,11 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and value:
         for key, child in value.items():
             yield from _leaves(child, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, (list, tuple)) and any(isinstance(child, dict) for child in value):
+    elif isinstance(value, list) and any(isinstance(child, dict) for child in value):
         for place, child in enumerate(value):
             yield from _leaves(child, f"{name}.{place}")
     else:
-        yield name, yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).split("\n...")[0].strip()
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+        yield name, yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n...")[0].strip()
 
 
 def devices() -> dict[str, str]:
