@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # lines of code in programs cost a tenth of the time
 # Tests compile much and compute little: leave LLVM's costly passes out (the program that XLA makes is the same). And
 # eight devices on two busy cores may wait for each other longer than the 40 s after which XLA ends the process.
 os.environ.setdefault(
@@ -21,6 +22,7 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+gc.set_threshold(50_000, 20, 20)  # tracing makes many small objects, and looking for cycles so often 7 % of the time
 
 
 @pytest.fixture(autouse=True, scope="module")
