@@ -10,7 +10,8 @@ venv=${VENV:-.venv}
 environment "$venv" "${EXTRAS:-test}"
 [ $# -gt 0 ] || set -- -m "not slow"
 case " $* " in
-    *" -n"* | *--numprocesses* | *no:xdist* | *--pdb*) ;;
+    *no:xdist*) ;;
+    *" -n"* | *--numprocesses*) set -- --dist loadfile "$@" ;;
     *) set -- -n logical --maxprocesses 4 --dist loadfile "$@" ;;
 esac
 exec "$venv/bin/python" -m pytest -q "$@"
