@@ -10,7 +10,6 @@
 import bisect
 import dataclasses
 import hashlib
-import json
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,8 @@ from ringjax.data.config import DataConfig, SourceConfig
 from ringjax.data.errors import DataError
 from ringjax.data.example import Example, require_usable
 from ringjax.data.tokenizers import TextTokenizer
+from ringjax.inside import inside
+from ringjax.json_text import brief, parse_json
 
 META = "meta.json"
 FORMAT = "ringjax-records-1"
@@ -208,7 +209,7 @@ def _read_meta(folder: Path) -> tuple[dict, list[Shard]]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {META}, so it is no data set; make one with `ringjax tokenize`")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = parse_json(path.read_bytes())
         shards = [Shard(**shard) for shard in meta["shards"]]
         kinds = [(type(s.file), type(s.examples), type(s.bytes), type(s.sha256)) for s in shards]
         sound = meta["format"] == FORMAT and all(kind == (str, int, int, str) for kind in kinds)
@@ -216,9 +217,16 @@ def _read_meta(folder: Path) -> tuple[dict, list[Shard]]:
         sound = False
     if not sound:
         raise ValueError(f"{path} is no description of a data set in format {FORMAT}; make the data set again")
-    outside = [shard.file for shard in shards if Path(shard.file).name != shard.file or shard.examples < 0]
-    if outside:
-        raise ValueError(f"{path}: shard {outside[0]!r} is not a file of the folder; make the data set again")
+    for shard in shards:
+        try:
+            inside(folder, shard.file, levels=False)
+        except ValueError as error:
+            raise ValueError(f"{path}: shard {error}; make the data set again") from None
+        if not 0 <= shard.examples <= shard.bytes:
+            raise ValueError(
+                f"{path}: shard {shard.file!r} has {brief(shard.examples)} examples in {brief(shard.bytes)} bytes; make the"
+                " data set again"
+            )
     if sum(shard.examples for shard in shards) == 0:
         raise ValueError(f"data set {folder} has no examples")
     return meta, shards

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ringjax.data import gguf_header
+from ringjax.json_text import parse_json
 
 VISION_START = "<vision>"
 VISION_END = "</vision>"
@@ -226,7 +227,7 @@ def _settings(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = parse_json(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file} is not whole JSON: {error}") from None
     if not isinstance(found, dict):

@@ -115,7 +115,7 @@ def pictures() -> list[Case]:
     }  # fmt: skip
     return [{f"picture.{kind}": content} for kind, contents in found.items() for content in contents] + [
         {"picture.png": many_frames_png(2**31 - 1)}, {"picture.gif": many_frames_gif(3000)},
-        {"picture.png": blank_png(20_000, 20_000)}, {"picture.png": blank_png(7000, 7000)},
+        {"picture.png": blank_png(20_000, 20_000)}, {"picture.png": blank_png(4000, 4000)},
         {"picture.gif": many_frames_gif(200, 8000)},
     ]  # fmt: skip
 
@@ -280,14 +280,20 @@ def safetensors() -> list[Case]:
     return [_written(lambda folder: save_file(tensors, folder / "model.safetensors", {"a": "b"})), _written(sharded)]
 
 
+def vqgan_config():
+    """Of the smallest image tokenizer."""
+    from ringjax.models.vqgan import VQGANConfig
+
+    return VQGANConfig(resolution=8, hidden=4, multipliers=(1, 1), res_blocks=1, z_channels=4, codes=8, code_dim=4,
+                       norm_groups=2)  # fmt: skip
+
+
 def _vqgan():
     from flax import nnx
 
-    from ringjax.models.vqgan import VQGAN, VQGANConfig
+    from ringjax.models.vqgan import VQGAN
 
-    config = VQGANConfig(resolution=8, hidden=4, multipliers=(1, 1), res_blocks=1, z_channels=4, codes=8, code_dim=4,
-                         norm_groups=2)  # fmt: skip
-    return VQGAN(config, nnx.Rngs(0))
+    return VQGAN(vqgan_config(), nnx.Rngs(0))
 
 
 def vqgan() -> list[Case]:
@@ -470,5 +476,5 @@ def texts() -> list[Case]:
     bomb = gzip.compress(b"a" * (1 << 28))
     return [
         {"texts.jsonl": lines}, {"texts.jsonl": passages}, {"texts.txt": "plain é text".encode()},
-        {"texts.jsonl.gz": gzip.compress(lines)}, {"texts.txt.gz": bomb * 8},
+        {"texts.jsonl.gz": gzip.compress(lines)}, {"texts.txt.gz": bomb * 2}, *({"texts.jsonl": x} for x in (lines, passages) * 8),
     ]  # fmt: skip

@@ -129,7 +129,7 @@ def _read_picture(folder: Path) -> None:
     from ringjax.data.pictures import count_frames, open_picture, read_frame, read_frames
 
     (file,) = folder.iterdir()
-    reads = [lambda: count_frames(file), lambda: open_picture(file, 1), lambda: read_frame(file, 1, 16)]
+    reads = [lambda: count_frames(file), lambda: open_picture(file, 1), lambda: read_frame(file, count_frames(file) - 1, 16)]
     reads += [lambda fit=fit: read_frames(file, 32, fit=fit) for fit in ("crop", "pad", "centre")]
     _all(reads, (DataError,))
 
@@ -225,7 +225,7 @@ def _read_pickle(folder: Path) -> None:
     path = folder / "vqgan.pickle"
     found = read_pickled_arrays(path)
     if len(found) > 2:
-        load_vqgan_pickle(path, seeds._vqgan().config)
+        load_vqgan_pickle(path, seeds.vqgan_config())
 
 
 def _read_lwm(folder: Path) -> None:
