@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ringjax.data.chunks import check_chunks
 from ringjax.data.config import DataConfig, SourceConfig
 from ringjax.data.errors import DataError
 from ringjax.data.example import Example, require_usable
@@ -195,6 +196,10 @@ class RecordSource:
 def _open_shard(path: Path, examples: int):
     from array_record.python.array_record_module import ArrayRecordReader
 
+    try:
+        check_chunks(path)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
     if not reader.ok() or reader.num_records() != examples:
         found = reader.num_records() if reader.ok() else "no readable"

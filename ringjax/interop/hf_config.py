@@ -119,7 +119,7 @@ def refuse_unknown(fields: Mapping[str, Any], known: Collection[str], where: str
             raise NotImplementedError(f"{where}: {name} {brief(fields[name])} is not supported: {rule}")
 
 
-def _check_kinds(fields: Mapping[str, Any], where: str) -> None:
+def check_kinds(fields: Mapping[str, Any], where: str) -> None:
     """Raises ValueError for a field whose value is of another kind than it is read as, or beyond 32 bits."""
     for name, kinds in _KINDS.items():
         value = fields.get(name)
@@ -144,7 +144,7 @@ class _Reader:
         missing = [name for name in _REQUIRED if fields.get(name) is None]
         if missing:
             raise ValueError(f"{where} has no {listed(missing)}; is it the config of a language model?")
-        _check_kinds(fields, where)
+        check_kinds(fields, where)
         self.where, self.kind = where, fields["model_type"]
         self.fields = {**_DEFAULTS, **_DEFAULTS_OF.get(self.kind, {}), **fields}
 

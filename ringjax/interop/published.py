@@ -60,7 +60,12 @@ class Published:
             return parse_json(texts["tokenizer_config.json"])
         path, template = self.tokenizer / "tokenizer_config.json", self.tokenizer / "chat_template.jinja"
         found = read_json(path) if path.is_file() else {}
-        return {**found, "chat_template": template.read_text("utf-8")} if template.is_file() else found
+        if not template.is_file():
+            return found
+        try:
+            return {**found, "chat_template": template.read_text("utf-8")}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{template} is not UTF-8 text (byte {error.start})") from None
 
 
 def is_published(path: str | Path) -> bool:

@@ -15,6 +15,7 @@ from ringjax.json_text import brief
 from ringjax.training.yaml_tree import ConfigError, Item, kind_of
 
 Config = TypeVar("Config")
+_LARGEST = 1 << 1000  # what a float holds
 _LONGEST_KEY, _LONGEST_LINE = 200, 2000  # characters of a message
 
 
@@ -129,7 +130,7 @@ class _Reader:
             return value
         if kind is int and is_number and (isinstance(value, int) or value.is_integer()):
             return int(value)
-        if kind is float and is_number:
+        if kind is float and is_number and (isinstance(value, float) or abs(value) < _LARGEST):
             return float(value)
         if kind is str and isinstance(value, str):
             return value

@@ -94,7 +94,7 @@ def test_a_cut_shard_of_the_right_size_is_named(folder):
     shard = folder / "00001.array_record"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:1000] + bytes(len(whole) - 1000))
-    with pytest.raises(DataError, match="00001.array_record has .* records instead of 10; it is damaged"):
+    with pytest.raises(DataError, match="00001.array_record has .*; it is damaged"):
         RecordReader(folder)
 
 

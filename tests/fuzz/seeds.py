@@ -66,6 +66,10 @@ def record() -> list[Case]:
 
 
 def records() -> list[Case]:
+    import random
+
+    from tests.fuzz.targets import _finish_records
+
     from ringjax.data.records import FORMAT, META, encode_record, write_shard
 
     def write(folder: Path, shards: tuple[tuple[int, ...], ...]) -> None:
@@ -79,7 +83,18 @@ def records() -> list[Case]:
         }  # fmt: skip
         (folder / META).write_text(json.dumps(meta))
 
-    return [_written(lambda folder: write(folder, shards)) for shards in (((5, 9, 40),), ((3, 300), (4000,)))]
+    def bomb(folder: Path) -> None:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        write(folder, ((5, 9, 40),))
+        writer = ArrayRecordWriter(str(folder / "00000.array_record"), "group_size:1")
+        for size in (1 << 29, 3, 3):
+            writer.write(b"\0" * size)
+        writer.close()
+
+    return [_written(lambda folder: write(folder, shards)) for shards in (((5, 9, 40),), ((3, 300), (4000,)))] + [
+        _finish_records(random.Random(1), _written(bomb))
+    ]
 
 
 def _drawn(mode: str, size: tuple[int, int]) -> Image.Image:

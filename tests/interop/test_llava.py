@@ -199,7 +199,7 @@ BAD_PROCESSORS = {
     "unknown": ({**CLIP, "do_thumbnail": True}, "has do_thumbnail: True, unknown here"),
     "pad": ({**CLIP, "do_pad": True}, "do_pad true is not supported for CLIPImageProcessor"),
     "size": ({**CLIP, "size": {"longest_edge": 3}}, "must have shortest_edge, or height and width"),
-    "large": ({**CLIP, "crop_size": 10**9}, "size 1000000000 must be a whole number from 1 to 8192"),
+    "large": ({**CLIP, "crop_size": 10**9}, "size 1000000000 must be a whole number from 1 to 4096"),
     "filter": ({**CLIP, "resample": 17}, "resample 17 is not one of Pillow's filters"),
     "std": ({**CLIP, "image_std": [0.0, 1, 1]}, "must be above 0"),
     "colours": ({**CLIP, "image_mean": [0.5]}, "must be three finite numbers"),
