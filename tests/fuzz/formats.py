@@ -210,14 +210,12 @@ def memo_bomb(times: int, size: int = 1 << 20) -> bytes:
     def text(value: str) -> bytes:
         return b"\x8c" + bytes([len(value)]) + value.encode()
 
-    reconstruct = b"cnumpy.core.multiarray\n_reconstruct\nq\x01"
-    dtype = b"cnumpy\ndtype\n" + text(">f4"[1:]) + b"\x89\x88\x87R" + b"(K\x03" + text(">") + b"NNNJ\xff\xff\xff\xffJ"
-    dtype += b"\xff\xff\xff\xffK\x00tbq\x02"
+    dtype = b"cnumpy\ndtype\n" + text("f4") + b"\x89\x88\x87R(K\x03" + text(">") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbq\x02"
     content = b"B" + struct.pack("<I", size) + b"\0" * size + b"q\x03"
-    parts = [b"\x80\x03", reconstruct, b"0", dtype, b"0", content, b"0", b"}("]
+    parts = [b"\x80\x03}("]
     for i in range(times):
-        array = b"h\x01cnumpy\nndarray\nK\x00\x85C\x01b\x87R" + b"(K\x01J" + struct.pack("<i", size // 4) + b"\x85"
-        parts.append(text(f"a{i}") + array + b"h\x02\x89h\x03tb")
+        array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01J" + struct.pack("<i", size // 4)
+        parts += [text(f"a{i}"), array, b"\x85", b"h\x02" if i else dtype, b"\x89", b"h\x03" if i else content, b"tb"]
     return b"".join((*parts, b"u."))
 
 

@@ -393,7 +393,7 @@ def _targets() -> list[Target]:
         Target("lwm", seeds.lwm, _read_lwm_index),
         Target("lwm_model", seeds.lwm, _read_lwm),
         Target("hf_config", seeds.hf_config, _read_hf_config, words=("rope_scaling", "rope_parameters", "layer_types", "eos_token_id", "head_dim", "yarn", "llama3")),
-        Target("hf", seeds.hf, _read_hf),
+        Target("hf", seeds.hf, _read_hf, names=("chat template",)),
         Target("llava_config", seeds.llava_config, _read_llava_config, words=("text_config", "vision_config", "size", "crop_size", "resample")),
         Target("llava", seeds.llava, _read_llava),
         Target("peft", seeds.peft, _read_peft),

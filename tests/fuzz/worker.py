@@ -192,7 +192,7 @@ def main() -> None:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             verdict = guard.run(target.read, case, target.errors, _names(target, case, cases))
         faulthandler.cancel_dump_traceback_later()
-        print(f"{number}\t{verdict.kind}\t{verdict.signature.replace(chr(9), ' ')[:200]}", flush=number % 16 == 0 or not verdict.passed)
+        print(f"{number}\t{verdict.kind}\t{verdict.signature.replace(chr(9), ' ')[:200]}", flush=True)
         name = f"{verdict.kind} {verdict.signature}"
         if not verdict.passed and seen[name] < 2:
             seen[name] += 1

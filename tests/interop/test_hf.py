@@ -154,7 +154,7 @@ def test_wrong_configs():
         ({"num_key_value_heads": 4}, "config.json: kv_heads 4 does not divide heads 6"),
         ({"rope_scaling": {"type": "linear"}}, "linear has no factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs original_max_position"),
-        ({"hidden_size": "24"}, "width '24' must be a whole number"),
+        ({"hidden_size": "24"}, "hidden_size '24' is not int"),
     ):
         with pytest.raises(ValueError, match=message):
             read_hf_config({**BASE, **changes})
