@@ -8,8 +8,8 @@ _LONGEST, _LONGEST_PART = 1024, 255  # bytes; what file systems take
 def inside(folder: str | Path, name: str, *, levels: bool = True) -> Path:
     """The path of the file `name` of a folder; `levels`: it may lie in a folder there.
 
-    Links are followed: whoever makes the folder may put them into it. Raises ValueError, which says what is wrong and not
-    in which file, for a name that is absolute, leads up (`..`), is empty or too long, or that no file can have.
+    Links are followed: whoever makes the folder may put them into it. Raises ValueError, which says what is wrong and
+    not in which file, for a name that is absolute, leads up (`..`), is empty or too long, or that no file can have.
     """
     try:
         encoded = name.encode("utf-8")
@@ -24,5 +24,7 @@ def inside(folder: str | Path, name: str, *, levels: bool = True) -> Path:
         raise ValueError(f"{name[:80]!r} is not a file of the folder {folder}")
     # A backslash separates on Windows.
     if PurePosixPath(name).is_absolute() or ".." in name.replace("\\", "/").split("/") or Path(name).is_absolute():
-        raise ValueError(f"{name[:80]!r} leads out of the folder {folder}; put the file into it, and name it from there")
+        raise ValueError(
+            f"{name[:80]!r} leads out of the folder {folder}; put the file into it, and name it from there"
+        )
     return Path(folder) / name

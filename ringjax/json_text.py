@@ -13,8 +13,8 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 def parse_json(text: str | bytes) -> Any:
     """The value that `text` holds.
 
-    Raises ValueError (json.JSONDecodeError with the place, UnicodeDecodeError) where there is none, where it has numbers
-    of thousands of digits, halves of surrogate pairs, or more than DEEPEST levels.
+    Raises ValueError (json.JSONDecodeError with the place, UnicodeDecodeError) where there is none, where it has
+    numbers of thousands of digits, halves of surrogate pairs, or more than DEEPEST levels.
     """
     text = text.decode("utf-8") if isinstance(text, bytes) else text
     try:
@@ -58,7 +58,7 @@ def _is_large(value: object, levels: int = 3) -> bool:
 
 def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         level = [part for one in level if isinstance(one, dict | list) for part in _parts(one)]
         if not any(isinstance(part, dict | list) for part in level):
             return

@@ -3,7 +3,7 @@
     python scripts/fuzz.py --target safetensors --inputs 20000 --seed 0
     python scripts/fuzz.py --target all --inputs 20000 --minutes 10 --findings findings
 
-An input passes where its reader gives a result, or raises the error that its docstring names, with the name of the file.
+An input passes where its reader gives a result, or raises the error that its docstring names, with the file's name.
 Anything else is a finding: another error, a crash, more than 8 s or 1 GiB, a file outside the folder, code that is run.
 Findings are kept in --findings, each input with what became of it. docs/security.md tells what is fuzzed and why.
 Exits with 1 where there was one.
@@ -27,14 +27,21 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="at most, of each target")
     parser.add_argument("--seed", type=int, default=0, help="the same seed, the same inputs")
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
-    parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"), help="folder for inputs that are findings")
+    parser.add_argument(
+        "--findings", type=Path, default=Path("fuzz-findings"), help="folder for inputs that are findings"
+    )
     given = parser.parse_args()
     outcomes = []
     for name in TARGETS if "all" in given.target else given.target:
         outcome = run(
-            name, inputs=given.inputs, seconds=60 * given.minutes, seed=given.seed, first=given.first,
-            findings=given.findings.absolute(), say=lambda line: print(line, flush=True),
-        )  # fmt: skip
+            name,
+            inputs=given.inputs,
+            seconds=60 * given.minutes,
+            seed=given.seed,
+            first=given.first,
+            findings=given.findings.absolute(),
+            say=lambda line: print(line, flush=True),
+        )
         print(outcome.line, flush=True)
         outcomes.append(outcome)
         if outcome.findings:

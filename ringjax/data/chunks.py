@@ -36,13 +36,13 @@ def check_chunks(path: str | Path) -> None:
         for chunk in _chunks(content, path):
             if chunk.kind not in _KINDS:
                 raise ValueError(
-                    f"{path} has a chunk of kind {chr(chunk.kind)!r} at byte {chunk.at}; it is damaged: copy the data set"
-                    " again"
+                    f"{path} has a chunk of kind {chr(chunk.kind)!r} at byte {chunk.at}; it is damaged: copy the data"
+                    " set again"
                 )
             if chunk.unpacked > MOST_BYTES or chunk.records > MOST_BYTES:
                 raise ValueError(
-                    f"{path} has a chunk of {chunk.records} records and {chunk.unpacked} bytes, packed into {chunk.packed},"
-                    f" at byte {chunk.at}: more than {MOST_BYTES}; cut the examples"
+                    f"{path} has a chunk of {chunk.records} records and {chunk.unpacked} bytes, packed into"
+                    f" {chunk.packed}, at byte {chunk.at}: more than {MOST_BYTES}; cut the examples"
                 )
 
 

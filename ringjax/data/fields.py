@@ -91,7 +91,9 @@ def parse(spec: str) -> tuple[Field, ...]:
             longer than MOST_SPEC or holds NUL.
     """
     if len(spec) > MOST_SPEC or "\0" in spec:
-        what = f"has {len(spec)} characters, more than {MOST_SPEC}" if len(spec) > MOST_SPEC else "holds the character NUL"
+        what = (
+            f"has {len(spec)} characters, more than {MOST_SPEC}" if len(spec) > MOST_SPEC else "holds the character NUL"
+        )
         raise ValueError(f"fields {spec[:40]!r}… {what}; name fields, and put long texts into the line")
     quoted: list[str] = []
 
@@ -218,7 +220,7 @@ class FieldEncoder:
         said = [words(name) for name in field.names]
         missing = [name for name, own in zip(field.names, said) if own is None and name not in row]
         if missing:
-            raise DataError(f"{place}: field {missing[0]!r} is missing; the line has {brief(list(row))}")
+            raise DataError(f"{place}: field {missing[0]!r} is missing; the line has {_brief_names(row)}")
         name = field.names[0]
         if said == [None] and not isinstance(row[name], str):
             return self._append_vision(builder, row[name], field.loss, f"{place}: field {name!r}")
@@ -227,7 +229,9 @@ class FieldEncoder:
         ]
         text = self.separator.join(texts)
         if not text.isascii() and _SURROGATE.search(text):
-            raise DataError(f"{place}: field {name!r} holds half of a surrogate pair, which is no character; take it out")
+            raise DataError(
+                f"{place}: field {name!r} holds half of a surrogate pair, which is no character; take it out"
+            )
         builder.text(self.tokenizer.encode(text), field.loss)
 
     def _append_vision(self, builder: "_Builder", value: object, loss: bool, place: str) -> None:
@@ -305,6 +309,11 @@ def _codes(value: object, place: str) -> np.ndarray:
         return np.asarray(value, np.int64)
     except OverflowError:
         raise DataError(f"{place} has a code beyond any codebook") from None
+
+
+def _brief_names(row: Mapping) -> str:
+    names = ", ".join(map(str, row))
+    return names if len(names) <= 300 else f"{names[:300]}…"
 
 
 def _shown(value: object) -> str:

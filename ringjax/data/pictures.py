@@ -37,9 +37,19 @@ _LEAST_FRAME = 8  # bytes of a file; every format needs more for a frame
 _ORIENTATION = 0x0112
 # What Pillow raises on damaged or hostile files of these formats.
 _FAULTS = (
-    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error,
-    zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 
 
 def read_frames(

@@ -229,8 +229,8 @@ def _read_meta(folder: Path) -> tuple[dict, list[Shard]]:
             raise ValueError(f"{path}: shard {error}; make the data set again") from None
         if not 0 <= shard.examples <= shard.bytes:
             raise ValueError(
-                f"{path}: shard {shard.file!r} has {brief(shard.examples)} examples in {brief(shard.bytes)} bytes; make the"
-                " data set again"
+                f"{path}: shard {shard.file!r} has {brief(shard.examples)} examples in {brief(shard.bytes)} bytes; make"
+                " the data set again"
             )
     if sum(shard.examples for shard in shards) == 0:
         raise ValueError(f"data set {folder} has no examples")

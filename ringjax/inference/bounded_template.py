@@ -1,7 +1,7 @@
 """Jinja for templates that are not trusted: text can be made of messages, in bounded time and memory, and nothing else.
 
 Jinja's sandbox keeps a template from Python's objects. It does not keep one from loops in loops, from doubling a string
-forty times or from padding it to a gigabyte. Here every value that is made, compared or written is charged to an account:
+forty times or from padding it to a gigabyte. Here every value that is made, compared or written is paid for:
 
     a character 1    an item, a call or a turn of a loop 64    all that a rendering may take: WORK
 
@@ -24,22 +24,91 @@ MOST_TEMPLATE = 1 << 17
 """Characters of a template; Llama 3.1's with tools has 2^12."""
 _STEP = 64
 _LARGEST = 1 << 63
-_FILTERS = frozenset((
-    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "indent", "int", "items",
-    "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse", "round",
-    "safe", "select", "selectattr", "sort", "string", "sum", "title", "tojson", "trim", "unique", "upper",
-))  # fmt: skip
+_FILTERS = frozenset(
+    (
+        "abs",
+        "capitalize",
+        "count",
+        "d",
+        "default",
+        "dictsort",
+        "e",
+        "escape",
+        "first",
+        "float",
+        "indent",
+        "int",
+        "items",
+        "join",
+        "last",
+        "length",
+        "list",
+        "lower",
+        "map",
+        "max",
+        "min",
+        "reject",
+        "rejectattr",
+        "replace",
+        "reverse",
+        "round",
+        "safe",
+        "select",
+        "selectattr",
+        "sort",
+        "string",
+        "sum",
+        "title",
+        "tojson",
+        "trim",
+        "unique",
+        "upper",
+    )
+)
 _METHODS: dict[type, frozenset[str]] = {
-    str: frozenset((
-        "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal",
-        "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition",
-        "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split",
-        "splitlines", "startswith", "strip", "swapcase", "title", "upper",
-    )),
+    str: frozenset(
+        (
+            "capitalize",
+            "casefold",
+            "count",
+            "endswith",
+            "find",
+            "index",
+            "isalnum",
+            "isalpha",
+            "isascii",
+            "isdecimal",
+            "isdigit",
+            "islower",
+            "isnumeric",
+            "isspace",
+            "istitle",
+            "isupper",
+            "join",
+            "lower",
+            "lstrip",
+            "partition",
+            "removeprefix",
+            "removesuffix",
+            "replace",
+            "rfind",
+            "rindex",
+            "rpartition",
+            "rsplit",
+            "rstrip",
+            "split",
+            "splitlines",
+            "startswith",
+            "strip",
+            "swapcase",
+            "title",
+            "upper",
+        )
+    ),
     dict: frozenset(("copy", "get", "items", "keys", "values")),
     list: frozenset(("copy", "count", "index")),
     tuple: frozenset(("count", "index")),
-}  # fmt: skip
+}
 _WIDE = re.compile(r"%[^%a-zA-Z]*(\d{3,}|\*)")
 
 _left: contextvars.ContextVar[list[int]] = contextvars.ContextVar("left")
@@ -48,8 +117,8 @@ _left: contextvars.ContextVar[list[int]] = contextvars.ContextVar("left")
 def render(template: jinja2.Template, **variables: Any) -> str:
     """The text of a template of `BoundedEnvironment`.
 
-    Raises jinja2.TemplateError where it refuses, or does what a template must not; or what Python raises for its mistakes
-    (TypeError, ValueError, RecursionError, …).
+    Raises jinja2.TemplateError where it refuses, or does what a template must not; or what Python raises for its
+    mistakes (TypeError, ValueError, RecursionError, …).
     """
     token = _left.set([WORK])
     try:
@@ -88,7 +157,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context, __obj, *args, **kwargs):  # noqa: B902 - as Jinja calls it
         of = getattr(__obj, "__self__", None)
-        for value in (of, *args, *kwargs.values()) if isinstance(of, (str, list, tuple, dict)) else (*args, *kwargs.values()):
+        for value in (
+            (of, *args, *kwargs.values()) if isinstance(of, (str, list, tuple, dict)) else (*args, *kwargs.values())
+        ):
             _charge(value)
         if isinstance(of, str) and __obj.__name__ == "replace":
             _check_replacement(of, *args)
@@ -236,15 +307,19 @@ def _concatenated(context, parts: list) -> str:
 
 # Filters that no template can name: put in where its tree makes, compares or walks values.
 _OWN_FILTERS = {
-    " counted": _counted, " concatenated": _concatenated, " charged": lambda context, value: _charge(_whole(value)),
-}  # fmt: skip
+    " counted": _counted,
+    " concatenated": _concatenated,
+    " charged": lambda context, value: _charge(_whole(value)),
+}
 _REFUSED = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 
 
 def _with_account(tree: nodes.Template) -> nodes.Template:
     """The tree with everything charged that is neither a call, an operator, a filter nor a test."""
     for node in tree.find_all(_REFUSED):
-        raise jinja2.TemplateSyntaxError(f"{type(node).__name__.lower()} is not allowed: a template has no other files", node.lineno)
+        raise jinja2.TemplateSyntaxError(
+            f"{type(node).__name__.lower()} is not allowed: a template has no other files", node.lineno
+        )
     return _Accountant().visit(tree)
 
 
@@ -284,5 +359,3 @@ class _Accountant(jinja2.visitor.NodeTransformer):
 
 def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-
-

@@ -10,9 +10,17 @@ from ringjax.inference.bounded_template import BoundedEnvironment, render
 Message = Mapping[str, str]
 # What Jinja raises, what its compiler does with text that is nested too deeply, and Python for a template's mistakes.
 _FAULTS = (
-    jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, TypeError, ValueError, ArithmeticError, LookupError,
-    AttributeError, AssertionError,
-)  # fmt: skip
+    jinja2.TemplateError,
+    SyntaxError,
+    RecursionError,
+    MemoryError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+)
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -37,7 +37,9 @@ class Vocabulary:
     @classmethod
     def _json(cls, text: str, published: Published, where: str) -> "Vocabulary":
         plain, special = _tokenizer(text, where), _tokenizer(text, where)
-        encodes, decodes = (library_faults(where, f"cannot {what}") for what in ("encode this text", "decode these ids"))
+        encodes, decodes = (
+            library_faults(where, f"cannot {what}") for what in ("encode this text", "decode these ids")
+        )
         plain.encode_special_tokens = True  # "<|im_end|>" typed by a person is ten characters
         ids = {token.content: i for i, token in special.get_added_tokens_decoder().items() if token.special}
         bos = published.description.bos_id

@@ -33,10 +33,11 @@ _DEFAULTS_OF = {
 _INTS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "max_position_embeddings", "sliding_window", "max_window_layers", "bos_token_id",
-)  # fmt: skip
+)
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(_INTS, (int,)), **dict.fromkeys(("rms_norm_eps", "initializer_range", "rope_theta"), (int, float)),
-    **dict.fromkeys(("model_type", "hidden_act"), (str,)), **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict,)),
+    **dict.fromkeys(("model_type", "hidden_act"), (str,)),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict,)),
     "tie_word_embeddings": (bool,), "use_sliding_window": (bool,), "layer_types": (list,), "architectures": (list,),
     "eos_token_id": (int, list),
 }  # fmt: skip
@@ -111,8 +112,8 @@ def refuse_unknown(fields: Mapping[str, Any], known: Collection[str], where: str
     unknown = sorted(set(fields) - set(known) - HARMLESS - set(EMPTY_ONLY))
     if unknown:
         raise NotImplementedError(
-            f"{where} has {listed([f'{name[:80]}: {brief(fields[name])}' for name in unknown])}, unknown here; it may change what"
-            " the model computes. Take it out if it does not"
+            f"{where} has {listed([f'{name[:80]}: {brief(fields[name])}' for name in unknown])}, unknown here; it may"
+            " change what the model computes. Take it out if it does not"
         )
     for name, rule in EMPTY_ONLY.items():
         if fields.get(name):
@@ -225,7 +226,9 @@ class _Reader:
         if kind == "yarn":
             original = original or context
             if type(original) is not int or type(context) is not int or not 0 < original <= _LARGEST:
-                raise ValueError(f"{self.where}: original_max_position_embeddings {brief(original)} is no number of tokens")
+                raise ValueError(
+                    f"{self.where}: original_max_position_embeddings {brief(original)} is no number of tokens"
+                )
             given["factor"] = given.get("factor") or context / original
         if given.get("factor") is None:
             raise ValueError(f"{self.where}: rope_scaling {kind} has no factor")

@@ -67,8 +67,9 @@ def read_llava_config(fields: Mapping[str, Any], where: str = "config.json") -> 
     """
     if fields.get("model_type") != "llava" or fields.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE]:
         raise NotImplementedError(
-            f"{where}: model_type {brief(fields.get('model_type'))}, architectures {brief(fields.get('architectures'))}: this"
-            f" reads model_type 'llava', architecture {ARCHITECTURE!r} (LLaVA-1.5)"
+            f"{where}: model_type {brief(fields.get('model_type'))}, architectures"
+            f" {brief(fields.get('architectures'))}: this reads model_type 'llava',"
+            f" architecture {ARCHITECTURE!r} (LLaVA-1.5)"
         )
     refuse_unknown(fields, {*_DEFAULTS, *_HARMLESS, "model_type", "text_config", "vision_config"}, where)
     found = {**_DEFAULTS, **fields}
@@ -121,8 +122,8 @@ def _depths(fields: Mapping[str, Any], where: str) -> tuple[int, ...]:
     whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (layers, *named))
     if not named or not whole or not all(-layers <= x <= layers and x != 0 for x in named):
         raise ValueError(
-            f"vision_feature_layer {brief(chosen)} must name outputs of the {brief(layers)} blocks of the vision transformer: from"
-            " 1, or from -1 backwards"
+            f"vision_feature_layer {brief(chosen)} must name outputs of the {brief(layers)} blocks of the vision"
+            " transformer: from 1, or from -1 backwards"
         )
     return tuple(x % (layers + 1) for x in named)
 
@@ -136,7 +137,8 @@ def _section(fields: Mapping[str, Any], name: str, where: str) -> dict[str, Any]
 
 def _activation(name: str, field: str, where: str) -> str:
     if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise NotImplementedError(f"{where}: {field} {brief(name)} is not supported: there are {', '.join(_ACTIVATIONS)}")
+        known = ", ".join(_ACTIVATIONS)
+        raise NotImplementedError(f"{where}: {field} {brief(name)} is not supported: there are {known}")
     return _ACTIVATIONS[name]
 
 

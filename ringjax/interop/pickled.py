@@ -239,8 +239,8 @@ class _Machine:
                 yield opcode.name, argument, at
         except ValueError as error:
             raise ValueError(
-                f"{self.path} is no whole pickle: it breaks off before byte {self.content.tell()} ({str(error)[:300]}); fetch it"
-                " again"
+                f"{self.path} is no whole pickle: it breaks off before byte {self.content.tell()} ({str(error)[:300]});"
+                " fetch it again"
             ) from None
 
     def _step(self, name: str, argument: Any) -> None:

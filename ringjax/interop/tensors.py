@@ -126,4 +126,5 @@ def _explained(file: Path):
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({str(error)[:300]}); fetch or convert it again") from None
+        said = str(error)[:300]
+        raise ValueError(f"{file} is not a whole safetensors file ({said}); fetch or convert it again") from None

@@ -18,6 +18,7 @@ Remat = Literal["none", "save_products", "save_feed_forward", "save_attention", 
 # Generous bounds, so that a size read from a damaged file is refused before anything is built, or counted, up to it.
 _LARGEST = {"layers": 1 << 12, "heads": 1 << 14, "kv_heads": 1 << 14, "head_dim": 1 << 16, "unroll": 1 << 12}
 _LARGEST_SIZE = (1 << 31) - 1
+_LARGEST_NUMBER = 1e300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,12 +163,24 @@ class ModelConfig:
         self._check_vision()
 
     def _check_bounds(self) -> None:
-        sizes = ("width", "ffn_width", "vocab_size", "vision_vocab_size", "vision_codes", "window", "sinks", "ffn_chunk",
-                 "loss_chunk", "shifted_group")  # fmt: skip
+        sizes = (
+            "width",
+            "ffn_width",
+            "vocab_size",
+            "vision_vocab_size",
+            "vision_codes",
+            "window",
+            "sinks",
+            "ffn_chunk",
+            "loss_chunk",
+            "shifted_group",
+        )
         for name in (*sizes, *_LARGEST):
             value, most = getattr(self, name), _LARGEST.get(name, _LARGEST_SIZE)
             if isinstance(value, int) and value > most:
-                raise ValueError(f"{name} {brief(value)} is more than {most}, the most that is taken for a model's size")
+                raise ValueError(
+                    f"{name} {brief(value)} is more than {most}, the most that is taken for a model's size"
+                )
 
     def _check_groups(self) -> None:
         if self.shifted_group is None:
@@ -290,10 +303,10 @@ def _one_of(name: str, value, choices) -> None:
 
 def _at_least(name: str, value, least: float, whole: bool = False) -> None:
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < _LARGEST_NUMBER:
         raise ValueError(f"{name} {brief(value)} must be a {'whole ' if whole else ''}number of at least {least}")
 
 
 def _positive(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST_NUMBER:
         raise ValueError(f"{name} {brief(value)} must be a finite number above 0")

@@ -68,13 +68,11 @@ def _composed(text: str, origin: str) -> yaml.Node | None:
 
 
 class _Parser(yaml.SafeLoader):
-    """Stops at a flow that is nested too deeply, of which the scanner and the parser speak to each other in recursion."""
+    """Stops at brackets that are nested too deeply, in which scanner and parser call each other."""
 
     def fetch_flow_collection_start(self, token_class):
         if self.flow_level >= MAX_DEPTH:
-            raise yaml.scanner.ScannerError(
-                None, None, f"more than {MAX_DEPTH} levels of brackets", self.get_mark()
-            )
+            raise yaml.scanner.ScannerError(None, None, f"more than {MAX_DEPTH} levels of brackets", self.get_mark())
         super().fetch_flow_collection_start(token_class)
 
 

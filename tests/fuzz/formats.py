@@ -1,4 +1,4 @@
-"""Changes that know a format: what is behind a checksum or a length is reached by them, and not by flipped bits alone."""
+"""Changes that know a format: they reach what lies behind a checksum or a length, where flipped bits do not."""
 
 import io
 import json
@@ -163,10 +163,35 @@ def _msgpack(rng, name, content, others):
 
 def _shallow(rng: random.Random, value):
     """A value that msgpack can hold."""
-    return rng.choice((
-        value, None, 0, -1, 2**31, 2**63, 2**64 - 1, "", "a" * 300, "params", "float32", "bfloat16", "int8", b"", b"ab",
-        [], [0], [2**63, 2], [1] * 20, ["params"] * 17, [["a"]], {}, {"0": 1}, 1.5, True,
-    ))  # fmt: skip
+    return rng.choice(
+        (
+            value,
+            None,
+            0,
+            -1,
+            2**31,
+            2**63,
+            2**64 - 1,
+            "",
+            "a" * 300,
+            "params",
+            "float32",
+            "bfloat16",
+            "int8",
+            b"",
+            b"ab",
+            [],
+            [0],
+            [2**63, 2],
+            [1] * 20,
+            ["params"] * 17,
+            [["a"]],
+            {},
+            {"0": 1},
+            1.5,
+            True,
+        )
+    )
 
 
 def _pickle(rng, name, content, others):
@@ -207,28 +232,88 @@ def deep_pickle(depth: int) -> bytes:
 
 def memo_bomb(times: int, size: int = 1 << 20) -> bytes:
     """One string of `size` bytes that becomes `times` arrays, each of them a copy (big-endian numbers are turned)."""
+
     def text(value: str) -> bytes:
         return b"\x8c" + bytes([len(value)]) + value.encode()
 
-    dtype = b"cnumpy\ndtype\n" + text("f4") + b"\x89\x88\x87R(K\x03" + text(">") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbq\x02"
+    dtype = (
+        b"cnumpy\ndtype\n"
+        + text("f4")
+        + b"\x89\x88\x87R(K\x03"
+        + text(">")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbq\x02"
+    )
     content = b"B" + struct.pack("<I", size) + b"\0" * size + b"q\x03"
     parts = [b"\x80\x03}("]
     for i in range(times):
-        array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01J" + struct.pack("<i", size // 4)
+        array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01J" + struct.pack(
+            "<i", size // 4
+        )
         parts += [text(f"a{i}"), array, b"\x85", b"h\x02" if i else dtype, b"\x89", b"h\x03" if i else content, b"tb"]
     return b"".join((*parts, b"u."))
 
 
 _OPCODES = (
-    pickle.dumps(_Runs(), 0)[:-1], pickle.dumps(_Runs(), 2)[2:-1], pickle.dumps(_Runs(), 4)[2:-1], b"cos\nsystem\n",
-    b"cbuiltins\neval\n", b"\x8c\x08builtins\x8c\x04exec\x93", b"(S'touch CANARY'\ntR", b"R", b"b", b"o", b"\x81", b"0",
-    b"1", b"2", b"(", b"t", b"l", b"]", b"}", b")", b"e", b"a", b"u", b"s", b"d", b"\x85", b"\x86", b"\x87", b"N",
-    b"\x94", b"h\x00", b"j\xff\xff\xff\xff", b"q\xff", b"r\xff\xff\xff\xff", b"I" + b"9" * 5000 + b"\n",
-    b"L" + b"9" * 5000 + b"L\n", b"F1e999\n", b"g99999999999999999999\n", b"V\\ud800\n", b"V\\U99999999\n",
-    b"\x8b\xff\xff\xff\x7f", b"\x8b\xff\xff\xff\xff", b"B\xff\xff\xff\x7f", b"\x8e" + b"\xff" * 8, b"\x95" + b"\xff" * 8,
-    b"X\x04\x00\x00\x00\xed\xa0\x80a", b"\x80\xff", b"Pid\n", b"Q", b"\x82\x01", b"\x97", b"\x98", b"i os\nsystem\n",
-    b".", b"c\n\n", b"cnumpy\nndarray\n", b"cnumpy\ndtype\n", b"c_codecs\nencode\n", b"cnumpy.core.multiarray\n_reconstruct\n",
-)  # fmt: skip
+    pickle.dumps(_Runs(), 0)[:-1],
+    pickle.dumps(_Runs(), 2)[2:-1],
+    pickle.dumps(_Runs(), 4)[2:-1],
+    b"cos\nsystem\n",
+    b"cbuiltins\neval\n",
+    b"\x8c\x08builtins\x8c\x04exec\x93",
+    b"(S'touch CANARY'\ntR",
+    b"R",
+    b"b",
+    b"o",
+    b"\x81",
+    b"0",
+    b"1",
+    b"2",
+    b"(",
+    b"t",
+    b"l",
+    b"]",
+    b"}",
+    b")",
+    b"e",
+    b"a",
+    b"u",
+    b"s",
+    b"d",
+    b"\x85",
+    b"\x86",
+    b"\x87",
+    b"N",
+    b"\x94",
+    b"h\x00",
+    b"j\xff\xff\xff\xff",
+    b"q\xff",
+    b"r\xff\xff\xff\xff",
+    b"I" + b"9" * 5000 + b"\n",
+    b"L" + b"9" * 5000 + b"L\n",
+    b"F1e999\n",
+    b"g99999999999999999999\n",
+    b"V\\ud800\n",
+    b"V\\U99999999\n",
+    b"\x8b\xff\xff\xff\x7f",
+    b"\x8b\xff\xff\xff\xff",
+    b"B\xff\xff\xff\x7f",
+    b"\x8e" + b"\xff" * 8,
+    b"\x95" + b"\xff" * 8,
+    b"X\x04\x00\x00\x00\xed\xa0\x80a",
+    b"\x80\xff",
+    b"Pid\n",
+    b"Q",
+    b"\x82\x01",
+    b"\x97",
+    b"\x98",
+    b"i os\nsystem\n",
+    b".",
+    b"c\n\n",
+    b"cnumpy\nndarray\n",
+    b"cnumpy\ndtype\n",
+    b"c_codecs\nencode\n",
+    b"cnumpy.core.multiarray\n_reconstruct\n",
+)
 
 
 def png_chunks(content: bytes) -> list[tuple[bytes, bytes]]:
@@ -257,17 +342,47 @@ def _png(rng, name, content, others):
         elif what == 1:
             chunks.insert(rng.randrange(len(chunks) + 1), chunks[at])
         elif what == 2:
-            chunks[at] = rng.choice((b"IHDR", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"iCCP", b"tRNS", b"PLTE", b"zTXt",
-                                     b"iTXt", b"pHYs", b"gAMA", b"sRGB", b"cHRM", b"IDAT", b"\0\0\0\0")), data  # fmt: skip
+            chunks[at] = (
+                rng.choice(
+                    (
+                        b"IHDR",
+                        b"acTL",
+                        b"fcTL",
+                        b"fdAT",
+                        b"eXIf",
+                        b"iCCP",
+                        b"tRNS",
+                        b"PLTE",
+                        b"zTXt",
+                        b"iTXt",
+                        b"pHYs",
+                        b"gAMA",
+                        b"sRGB",
+                        b"cHRM",
+                        b"IDAT",
+                        b"\0\0\0\0",
+                    )
+                ),
+                data,
+            )
         elif what == 3:
             chunks.insert(1, (b"acTL", struct.pack(">II", rng.choice(BOUNDARIES) % 2**32, rng.randrange(3))))
         elif what == 4:
             chunks.insert(1, (b"zTXt", b"a\0\0" + zlib.compress(b"\0" * rng.choice((100, 1 << 20, 1 << 27)))))
         elif what == 5:
-            chunks[0] = b"IHDR", struct.pack(
-                ">IIBBBBB", rng.choice(BOUNDARIES) % 2**32, rng.choice((1, 8, 60_000, 2**31 - 1)),
-                rng.choice((1, 2, 4, 8, 16)), rng.choice((0, 2, 3, 4, 6)), 0, 0, rng.choice((0, 1)),
-            )  # fmt: skip
+            chunks[0] = (
+                b"IHDR",
+                struct.pack(
+                    ">IIBBBBB",
+                    rng.choice(BOUNDARIES) % 2**32,
+                    rng.choice((1, 8, 60_000, 2**31 - 1)),
+                    rng.choice((1, 2, 4, 8, 16)),
+                    rng.choice((0, 2, 3, 4, 6)),
+                    0,
+                    0,
+                    rng.choice((0, 1)),
+                ),
+            )
         else:
             chunks[at] = kind, of_bytes(rng, data, [x for _, x in chunks])
     return png(chunks)
@@ -289,24 +404,76 @@ def _yaml(rng, name, content, others):
         lines[at] = re.sub(r"[\w-]+", lambda found: rng.choice(WORDS.get(name, ("a",))), lines[at], count=1)
     elif what == 7:
         depth = rng.choice(trees.DEPTHS)
-        lines[at] = rng.choice(("a: " + "[" * depth, "a: " + "{a: " * depth, "- " * depth, "? " * depth, "a: " + "!" * depth))
+        lines[at] = rng.choice(
+            ("a: " + "[" * depth, "a: " + "{a: " * depth, "- " * depth, "? " * depth, "a: " + "!" * depth)
+        )
     else:
         lines.insert(at, rng.choice(_YAML_LINES))
     return "\n".join(lines).encode("utf-8", "surrogatepass")
 
 
 _YAML = (
-    "!!python/object/apply:os.system ['touch CANARY']", "!!python/name:os.system", "!!binary aGVsbG8=", "!!set {a, b}",
-    "&a [*a, *a]", "*nothing", "<<: *a", ".inf", "-.inf", ".nan", "1e999", "1__0", "0x1F", "1:30:00", "2001-01-01",
-    "9" * 39, "9" * 5000, "true", "null", "''", '"\\0"', '"\\ud800"', "../../etc/passwd", "/etc/passwd", "|", ">-", "@", "`",
-    "{}", "[]", "[1, {a: 2}]", "!!timestamp 2001-01-01", "? a", "'" + "x" * 20_000 + "'", "yes", "1_000", "0o17", "-", "+",
-)  # fmt: skip
+    "!!python/object/apply:os.system ['touch CANARY']",
+    "!!python/name:os.system",
+    "!!binary aGVsbG8=",
+    "!!set {a, b}",
+    "&a [*a, *a]",
+    "*nothing",
+    "<<: *a",
+    ".inf",
+    "-.inf",
+    ".nan",
+    "1e999",
+    "1__0",
+    "0x1F",
+    "1:30:00",
+    "2001-01-01",
+    "9" * 39,
+    "9" * 5000,
+    "true",
+    "null",
+    "''",
+    '"\\0"',
+    '"\\ud800"',
+    "../../etc/passwd",
+    "/etc/passwd",
+    "|",
+    ">-",
+    "@",
+    "`",
+    "{}",
+    "[]",
+    "[1, {a: 2}]",
+    "!!timestamp 2001-01-01",
+    "? a",
+    "'" + "x" * 20_000 + "'",
+    "yes",
+    "1_000",
+    "0o17",
+    "-",
+    "+",
+)
 _YAML_LINES = (
-    "a: &a [x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]\nc: &c [*b, *b, *b, *b, *b, *b, *b]\n"
+    "a: &a [x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]\n"
+    "c: &c [*b, *b, *b, *b, *b, *b, *b]\n"
     "d: &d [*c, *c, *c, *c, *c, *c, *c, *c]\ne: &e [*d, *d, *d, *d, *d, *d, *d]\nf: [*e, *e, *e, *e, *e, *e, *e]",
-    "a: &a {b: *a}", "? [a, b]\n: c", "? {a: {b: c}}\n: d", "---", "...", "%YAML 9.9", "%TAG ! tag:x,2000:", "\t", "\0", "\x85",
-    "!!python/object/new:os.system [touch CANARY]: 1", "- a", "key: [" + "a, " * 30_000 + "]", ": ", "? ", "# " + "x" * 1000,
-)  # fmt: skip
+    "a: &a {b: *a}",
+    "? [a, b]\n: c",
+    "? {a: {b: c}}\n: d",
+    "---",
+    "...",
+    "%YAML 9.9",
+    "%TAG ! tag:x,2000:",
+    "\t",
+    "\0",
+    "\x85",
+    "!!python/object/new:os.system [touch CANARY]: 1",
+    "- a",
+    "key: [" + "a, " * 30_000 + "]",
+    ": ",
+    "? ",
+    "# " + "x" * 1000,
+)
 
 
 def _template(rng, name, content, others):
@@ -321,29 +488,88 @@ def _template(rng, name, content, others):
 
 
 _JINJA = (
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 'x' * 10 ** 9 }}", "{{ 9 ** 9 ** 9 }}",
-    "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}", "{{ lipsum.__globals__['os'].popen('touch CANARY') }}",
-    "{{ self.__init__.__globals__ }}", "{{ '%1000000000d' % 1 }}", "{{ '{:1000000000}'.format(1) }}", "{{ 'a'.ljust(10**9) }}",
-    "{{ 'a'|center(1000000000) }}", "{{ [1]*1000000000 }}", "{{ 'a,'|replace('', 'x'*1000) }}", "{{ range(10**9)|list }}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'x' * 10 ** 9 }}",
+    "{{ 9 ** 9 ** 9 }}",
+    "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}",
+    "{{ lipsum.__globals__['os'].popen('touch CANARY') }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '{:1000000000}'.format(1) }}",
+    "{{ 'a'.ljust(10**9) }}",
+    "{{ 'a'|center(1000000000) }}",
+    "{{ [1]*1000000000 }}",
+    "{{ 'a,'|replace('', 'x'*1000) }}",
+    "{{ range(10**9)|list }}",
     "{% set n = namespace(x='a' * 100) %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
     "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "{% set n = namespace(x=[1,2]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}", "{{ 'x'|indent(1000000000) }}",
-    "{% set a %}{% for i in range(90000) %}xxxxxxxxxxxxxxxxxxxx{% endfor %}{% endset %}{{ a }}{{ a }}{{ a|tojson|tojson }}",
-    "{{ messages|map(attribute='content')|join(', ') }}", "{{ messages|tojson(indent=4) }}", "{{ messages[0]['content'].split('e') }}",
-    "{{ messages|batch(1000000000, 'x')|list }}", "{{ 'x'|wordwrap(1) }}", "{{ messages|groupby('role') }}", "{{ lipsum(n=100000) }}",
-    "{% include '/etc/passwd' %}", "{% import '/etc/passwd' as x %}", "{% extends 'x' %}", "{{ raise_exception('no') }}",
-    "{{ ((((" * 300, "{% if 1 %}" * 200, "{{ [" + "[" * 2000, "{{ 1" + "+1" * 3000 + " }}", "{{ " + "not " * 3000 + "1 }}",
-    "{% for m in messages recursive %}{{ loop(messages) }}{{ loop(messages) }}{% endfor %}", "{{ messages.append(messages) }}",
-    "{{ undefined.x.y() }}", "{% raw %}", "{# ", "{{ 1 // 0 }}", "{{ 1 % 0 }}", "{{ none + 1 }}", "{{ messages|sum }}", "{{ 'a' < 1 }}",
-    "{{ dict(a=1)|xmlattr }}", "{{ '\\ud800' }}", "{{ 'x'|filesizeformat }}", "{{ 10**308|float }}", "{{ 'abc'|random }}", "{{ {}[[]] }}",
-    "{% set x = joiner('x'*100) %}{{ x() }}{{ x() }}", "{{ messages|slice(1000000000)|list }}", "{{ 'x'.encode('idna') }}", "{{ caller() }}",
-    "{% filter upper %}a{% endfilter %}", "{% call m() %}{% endcall %}", "{{ loop.index }}", "{{ 'a'.zfill(1000000000) }}", "\0", "{{ '\0' }}",
-    "{{ 'a\tb'.expandtabs(1000000000) }}", "{{ 'a'.translate({97: 'b'}) }}", "{{ 'x'|attr('__class__') }}", "{% autoescape true %}x{% endautoescape %}",
-    "{{ 'x'|urlize }}", "{{ '%s' % messages }}", "{{ '%(a)s' % {'a': 1} }}", "{{ 'a'|format(1) }}", "{{ (1).__class__ }}", "{{ messages|pprint }}",
-)  # fmt: skip
+    "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "{{ 'x'|indent(1000000000) }}",
+    "{% set a %}{% for i in range(90000) %}xxxxxxxxxxxxxxxxxxxx{% endfor %}{% endset %}{{ a }}{{ a }}",
+    "{{ messages|map(attribute='content')|join(', ') }}",
+    "{{ messages|tojson(indent=4) }}",
+    "{{ messages[0]['content'].split('e') }}",
+    "{{ messages|batch(1000000000, 'x')|list }}",
+    "{{ 'x'|wordwrap(1) }}",
+    "{{ messages|groupby('role') }}",
+    "{{ lipsum(n=100000) }}",
+    "{% include '/etc/passwd' %}",
+    "{% import '/etc/passwd' as x %}",
+    "{% extends 'x' %}",
+    "{{ raise_exception('no') }}",
+    "{{ ((((" * 300,
+    "{% if 1 %}" * 200,
+    "{{ [" + "[" * 2000,
+    "{{ 1" + "+1" * 3000 + " }}",
+    "{{ " + "not " * 3000 + "1 }}",
+    "{% for m in messages recursive %}{{ loop(messages) }}{{ loop(messages) }}{% endfor %}",
+    "{{ messages.append(messages) }}",
+    "{{ undefined.x.y() }}",
+    "{% raw %}",
+    "{# ",
+    "{{ 1 // 0 }}",
+    "{{ 1 % 0 }}",
+    "{{ none + 1 }}",
+    "{{ messages|sum }}",
+    "{{ 'a' < 1 }}",
+    "{{ dict(a=1)|xmlattr }}",
+    "{{ '\\ud800' }}",
+    "{{ 'x'|filesizeformat }}",
+    "{{ 10**308|float }}",
+    "{{ 'abc'|random }}",
+    "{{ {}[[]] }}",
+    "{% set x = joiner('x'*100) %}{{ x() }}{{ x() }}",
+    "{{ messages|slice(1000000000)|list }}",
+    "{{ 'x'.encode('idna') }}",
+    "{{ caller() }}",
+    "{% filter upper %}a{% endfilter %}",
+    "{% call m() %}{% endcall %}",
+    "{{ loop.index }}",
+    "{{ 'a'.zfill(1000000000) }}",
+    "\0",
+    "{{ '\0' }}",
+    "{{ 'a\tb'.expandtabs(1000000000) }}",
+    "{{ 'a'.translate({97: 'b'}) }}",
+    "{{ 'x'|attr('__class__') }}",
+    "{% autoescape true %}x{% endautoescape %}",
+    "{{ 'x'|urlize }}",
+    "{{ '%s' % messages }}",
+    "{{ '%(a)s' % {'a': 1} }}",
+    "{{ 'a'|format(1) }}",
+    "{{ (1).__class__ }}",
+    "{{ messages|pprint }}",
+)
 _SPECIAL: dict[str, Callable] = {
-    "json": _json, "jsonl": _jsonl, "safetensors": _safetensors, "gguf": _gguf, "msgpack": _msgpack, "pickle": _pickle,
-    "png": _png, "yaml": _yaml, "jinja": _template,
-}  # fmt: skip
+    "json": _json,
+    "jsonl": _jsonl,
+    "safetensors": _safetensors,
+    "gguf": _gguf,
+    "msgpack": _msgpack,
+    "pickle": _pickle,
+    "png": _png,
+    "yaml": _yaml,
+    "jinja": _template,
+}

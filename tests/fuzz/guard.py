@@ -17,10 +17,34 @@ MEMORY = 1 << 30
 ADDRESSES = 6 << 30
 """Bytes of address space beyond what the libraries take when they are loaded: more is refused by the system."""
 CANARY = "CANARY"
-_RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn",
-         "socket.connect", "socket.bind", "ctypes.dlopen", "urllib.Request", "webbrowser.open")  # fmt: skip
-_CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.truncate", "shutil.move",
-            "shutil.rmtree", "shutil.copyfile")  # fmt: skip
+_RUNS = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "subprocess.Popen",
+    "pty.spawn",
+    "socket.connect",
+    "socket.bind",
+    "ctypes.dlopen",
+    "urllib.Request",
+    "webbrowser.open",
+)
+_CHANGES = (
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "os.truncate",
+    "shutil.move",
+    "shutil.rmtree",
+    "shutil.copyfile",
+)
 
 
 class Slow(BaseException):
@@ -45,10 +69,22 @@ class Guard:
     def __init__(self, folder: Path):
         self.folder, self.watching, self.seen = Path(folder).resolve(), False, []
         package = Path(__file__).resolve().parents[2]
-        self._readable = tuple(map(str, {
-            self.folder, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve(), package / "ringjax", package / "tests",
-            Path("/proc"), Path("/sys"), Path("/dev"), Path(os.__file__).resolve().parent,
-        }))  # fmt: skip
+        self._readable = tuple(
+            map(
+                str,
+                {
+                    self.folder,
+                    Path(sys.prefix).resolve(),
+                    Path(sys.base_prefix).resolve(),
+                    package / "ringjax",
+                    package / "tests",
+                    Path("/proc"),
+                    Path("/sys"),
+                    Path("/dev"),
+                    Path(os.__file__).resolve().parent,
+                },
+            )
+        )
         sys.addaudithook(self._audit)
         signal.signal(signal.SIGPROF, self._alarm)
 
@@ -58,7 +94,9 @@ class Guard:
         most = pages * os.sysconf("SC_PAGE_SIZE") + ADDRESSES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
-    def run(self, read: Callable[[Path], object], case: Path, errors: tuple[type, ...], names: tuple[str, ...]) -> Verdict:
+    def run(
+        self, read: Callable[[Path], object], case: Path, errors: tuple[type, ...], names: tuple[str, ...]
+    ) -> Verdict:
         """The verdict on one input in the folder `case`; an error must be one of `errors` and name one of `names`."""
         self.seen, before = [], self._reset_peak()
         try:
@@ -74,7 +112,9 @@ class Guard:
         if (self.folder / CANARY).exists() or (case / CANARY).exists():
             return Verdict("ran", "the canary file is there", "")
         if grown > MEMORY:
-            return Verdict("memory", "grew by over 1 GiB", f"{grown >> 20} MiB; {type(caught).__name__}: {str(caught)[:200]}")
+            return Verdict(
+                "memory", "grew by over 1 GiB", f"{grown >> 20} MiB; {type(caught).__name__}: {str(caught)[:200]}"
+            )
         return _judged(caught, errors, names)
 
     def _caught(self, read: Callable[[Path], object], case: Path) -> BaseException | None:
@@ -84,7 +124,7 @@ class Guard:
             self.watching = True
             read(case)
             return None
-        except BaseException as error:  # noqa: BLE001 - the point
+        except BaseException as error:
             return error
         finally:
             self.watching = False
@@ -143,7 +183,11 @@ def _judged(caught: BaseException | None, errors: tuple[type, ...], names: tuple
     if not any(name in text for name in names):
         return Verdict("unnamed", f"{type(caught).__name__} {_ours(stack)}", details)
     if len(text) > 10_000:
-        return Verdict("message", f"{type(caught).__name__} of {len(text) // 10_000}0,000 characters {_ours(stack)}", details[-500:])
+        return Verdict(
+            "message",
+            f"{type(caught).__name__} of {len(text) // 10_000}0,000 characters {_ours(stack)}",
+            details[-500:],
+        )
     return Verdict("refused")
 
 

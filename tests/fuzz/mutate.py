@@ -7,14 +7,36 @@ import random
 import re
 
 BOUNDARIES = tuple(
-    sorted({sign * (1 << bits) + more for bits in (0, 7, 8, 15, 16, 24, 31, 32, 40, 48, 53, 62, 63, 64)
-            for more in (-1, 0, 1) for sign in (1, -1)})
-)  # fmt: skip
+    sorted(
+        {
+            sign * (1 << bits) + more
+            for bits in (0, 7, 8, 15, 16, 24, 31, 32, 40, 48, 53, 62, 63, 64)
+            for more in (-1, 0, 1)
+            for sign in (1, -1)
+        }
+    )
+)
 """Integers at which fixed widths, signs, products and allocations go wrong."""
 NAMES = (
-    "../outside", "../../../../etc/passwd", "/etc/passwd", "..", ".", "", "a/../../b", "nul\0l", "\0", "C:\\x", "~/x",
-    "x" * 300, "é\u0301\u202e\U0001f600", "\ud800", "\n", "%s%n", "model.safetensors/", "$(touch CANARY)",
-)  # fmt: skip
+    "../outside",
+    "../../../../etc/passwd",
+    "/etc/passwd",
+    "..",
+    ".",
+    "",
+    "a/../../b",
+    "nul\0l",
+    "\0",
+    "C:\\x",
+    "~/x",
+    "x" * 300,
+    "é\u0301\u202e\U0001f600",
+    "\ud800",
+    "\n",
+    "%s%n",
+    "model.safetensors/",
+    "$(touch CANARY)",
+)
 """Names and texts that lead elsewhere, end early or cannot be encoded."""
 TEXTS = (*NAMES, "0", "-1", "1e999", "nan", "null", "{{ 7 * 7 }}", "9" * 50, "9" * 5000, "\ufeff", "a" * 70_000)
 _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?")

@@ -41,15 +41,31 @@ def jsonl() -> list[Case]:
     codes = list(range(8))
     return [
         {"lines.jsonl": _lines({"text": "hello world", "fields": "text"}, {"fields": "[a],b+a", "a": "x", "b": "y z"})},
-        {"lines.jsonl": _lines(
-            {"fields": ["[instruction],vision", "[vision],caption"], "vision": codes, "instruction": "Draw", "caption": "a"},
-            {"fields": '"Draw \\"it\\""+a,<|eos|>', "a": "a cat é 漢"}, {"vision": codes, "caption": "b", "fields": "vision"},
-        )},
+        {
+            "lines.jsonl": _lines(
+                {
+                    "fields": ["[instruction],vision", "[vision],caption"],
+                    "vision": codes,
+                    "instruction": "Draw",
+                    "caption": "a",
+                },
+                {"fields": '"Draw \\"it\\""+a,<|eos|>', "a": "a cat é 漢"},
+                {"vision": codes, "caption": "b", "fields": "vision"},
+            )
+        },
         {"lines.jsonl": _lines({"fields": "a,[b,c],d", **{name: name * 9 for name in "abcd"}}) + b"\n\n{}\n"},
-        {"lines.jsonl": b'{"fields": "a\\u00007\\u0000b", "a": "x"}\n{"fields": "a", "a": "\\ud800"}\n' + b'{"a": "' + b"x" * 5000 + b'"}'},
-        {"lines.jsonl": _lines({"fields": '"' + '\\"' * 60_000, "a": "x"}, {"fields": "vision", "vision": "@"}).replace(
-            b'"@"', b"[" * 60 + b"1" + b"]" * 60)},
-    ]  # fmt: skip
+        {
+            "lines.jsonl": b'{"fields": "a\\u00007\\u0000b", "a": "x"}\n{"fields": "a", "a": "\\ud800"}\n'
+            + b'{"a": "'
+            + b"x" * 5000
+            + b'"}'
+        },
+        {
+            "lines.jsonl": _lines(
+                {"fields": '"' + '\\"' * 60_000, "a": "x"}, {"fields": "vision", "vision": "@"}
+            ).replace(b'"@"', b"[" * 60 + b"1" + b"]" * 60)
+        },
+    ]
 
 
 def _example(length: int):
@@ -68,9 +84,8 @@ def record() -> list[Case]:
 def records() -> list[Case]:
     import random
 
-    from tests.fuzz.targets import _finish_records
-
     from ringjax.data.records import FORMAT, META, encode_record, write_shard
+    from tests.fuzz.targets import _finish_records
 
     def write(folder: Path, shards: tuple[tuple[int, ...], ...]) -> None:
         written = [
@@ -78,9 +93,14 @@ def records() -> list[Case]:
             for n, sizes in enumerate(shards)
         ]
         meta = {
-            "format": FORMAT, "tokenizer": "bytes", "tokenizer_fingerprint": "bytes", "has_vision": True,
-            "codes_per_frame": 256, "vision_codes": 8192, "shards": [dataclasses.asdict(shard) for shard in written],
-        }  # fmt: skip
+            "format": FORMAT,
+            "tokenizer": "bytes",
+            "tokenizer_fingerprint": "bytes",
+            "has_vision": True,
+            "codes_per_frame": 256,
+            "vision_codes": 8192,
+            "shards": [dataclasses.asdict(shard) for shard in written],
+        }
         (folder / META).write_text(json.dumps(meta))
 
     def bomb(folder: Path) -> None:
@@ -92,21 +112,24 @@ def records() -> list[Case]:
             writer.write(b"\0" * size)
         writer.close()
 
-    return [_written(lambda folder: write(folder, shards)) for shards in (((5, 9, 40),), ((3, 300), (4000,)))] + [
+    kinds = (((5, 9, 40),), ((3, 300), (4000,)))
+    return [_written(lambda folder, shards=shards: write(folder, shards)) for shards in kinds] + [
         _finish_records(random.Random(1), _written(bomb))
     ]
 
 
-def _drawn(mode: str, size: tuple[int, int]) -> Image.Image:
-    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
-    return Image.fromarray(noise, "RGBA").convert(mode) if mode != "I;16" else Image.fromarray(
-        noise[..., 0].astype(np.uint16) * 200
-    )  # fmt: skip
+def _drawn(mode: str, size: tuple[int, int], seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), np.uint8)
+    return (
+        Image.fromarray(noise, "RGBA").convert(mode)
+        if mode != "I;16"
+        else Image.fromarray(noise[..., 0].astype(np.uint16) * 200)
+    )
 
 
 def _encoded(mode: str, kind: str, frames: int = 1, **options) -> bytes:
     file = io.BytesIO()
-    pictures = [_drawn(mode, (13 + i % 2 * 0, 11)).rotate(i) for i in range(frames)]
+    pictures = [_drawn(mode, (13, 11), i) for i in range(frames)]
     more = {"save_all": True, "append_images": pictures[1:], "duration": 40} if frames > 1 else {}
     pictures[0].save(file, kind, **more, **options)
     return file.getvalue()
@@ -125,14 +148,20 @@ def pictures() -> list[Case]:
         "jpg": [_encoded(mode, "JPEG") for mode in ("RGB", "L", "CMYK")]
         + [_encoded("RGB", "JPEG", exif=_exif(), progressive=True)],
         "gif": [_encoded("P", "GIF"), _encoded("RGB", "GIF", frames=4), _encoded("P", "GIF", transparency=3)],
-        "webp": [_encoded("RGB", "WEBP"), _encoded("RGBA", "WEBP", lossless=True), _encoded("RGB", "WEBP", frames=3),
-                 _encoded("RGB", "WEBP", exif=_exif())],
-    }  # fmt: skip
+        "webp": [
+            _encoded("RGB", "WEBP"),
+            _encoded("RGBA", "WEBP", lossless=True),
+            _encoded("RGB", "WEBP", frames=3),
+            _encoded("RGB", "WEBP", exif=_exif()),
+        ],
+    }
     return [{f"picture.{kind}": content} for kind, contents in found.items() for content in contents] + [
-        {"picture.png": many_frames_png(2**31 - 1)}, {"picture.gif": many_frames_gif(3000)},
-        {"picture.png": blank_png(20_000, 20_000)}, {"picture.png": blank_png(4000, 4000)},
+        {"picture.png": many_frames_png(2**31 - 1)},
+        {"picture.gif": many_frames_gif(3000)},
+        {"picture.png": blank_png(20_000, 20_000)},
+        {"picture.png": blank_png(4000, 4000)},
         {"picture.gif": many_frames_gif(200, 8000)},
-    ]  # fmt: skip
+    ]
 
 
 def blank_png(width: int, height: int) -> bytes:
@@ -164,8 +193,12 @@ def many_frames_gif(frames: int, size: int = 16) -> bytes:
 
 def picture_set() -> list[Case]:
     rows = [{"file": "a.png", "caption": "a"}, {"file": "b.gif", "caption": "b"}, {"file": "sub/c.webp", "caption": ""}]
-    files = {"a.png": _encoded("RGB", "PNG"), "b.gif": _encoded("RGB", "GIF", frames=3), "sub/c.webp": _encoded("RGB", "WEBP")}
-    return [{"captions.jsonl": _lines(*rows), **files}]  # fmt: skip
+    files = {
+        "a.png": _encoded("RGB", "PNG"),
+        "b.gif": _encoded("RGB", "GIF", frames=3),
+        "sub/c.webp": _encoded("RGB", "WEBP"),
+    }
+    return [{"captions.jsonl": _lines(*rows), **files}]
 
 
 CONFIG = """\
@@ -220,36 +253,81 @@ def tokenizer() -> list[Case]:
 
     settings = {"bos_token": SPECIALS[1], "eos_token": {"content": SPECIALS[2]}, "chat_template": TEMPLATE}
     added = json.loads(tokenizer_json())
-    added["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Replace", "pattern": {
-        "Regex": "[a-c]+"}, "content": "x"}]}  # fmt: skip
+    added["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": "[a-c]+"}, "content": "x"}],
+    }
     added["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    added["padding"] = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                        "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
-    unigram = {**added, "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}, "model": {
-        "type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.5], ["▁a", -2.0]], "byte_fallback": False},
+    added["padding"] = {
+        "strategy": {"Fixed": 8},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }
+    unigram = {
+        **added,
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="},
+        "model": {
+            "type": "Unigram",
+            "unk_id": 0,
+            "vocab": [["<unk>", 0.0], ["a", -1.5], ["▁a", -2.0]],
+            "byte_fallback": False,
+        },
         "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
-        "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}}  # fmt: skip
-    words = {**added, "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
-        "strip_accents": None, "lowercase": True}, "model": {"type": "WordPiece", "unk_token": "[UNK]",
-        "continuing_subword_prefix": "##", "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "a": 1, "##b": 2}},
-        "pre_tokenizer": {"type": "BertPreTokenizer"}, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}  # fmt: skip
-    levels = {**added, "model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 0, "b": 1}},
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a|b)*c?"}, "behavior": "Isolated", "invert": False}}  # fmt: skip
-    texts = (tokenizer_json(), samples.path("prose_tokenizer.json").read_text(), *map(json.dumps, (added, unigram, words, levels)))
+        "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+    }
+    words = {
+        **added,
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": True,
+        },
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {"[UNK]": 0, "a": 1, "##b": 2},
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+    }
+    levels = {
+        **added,
+        "model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 0, "b": 1}},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a|b)*c?"}, "behavior": "Isolated", "invert": False},
+    }
+    texts = (
+        tokenizer_json(),
+        samples.path("prose_tokenizer.json").read_text(),
+        *map(json.dumps, (added, unigram, words, levels)),
+    )
     return [{"tokenizer.json": text.encode(), "tokenizer_config.json": json.dumps(settings).encode()} for text in texts]
 
 
 def sentencepiece() -> list[Case]:
     from sentencepiece import SentencePieceTrainer
 
-    texts = [f"the {a} {b} of a thing, and another {b}" for a in ("red", "blue", "old") for b in ("cat", "house", "sea")]
+    texts = [
+        f"the {a} {b} of a thing, and another {b}" for a in ("red", "blue", "old") for b in ("cat", "house", "sea")
+    ]
     found = []
     for kind in ("bpe", "unigram"):
         model = io.BytesIO()
         SentencePieceTrainer.train(
-            sentence_iterator=iter(texts * 5), model_writer=model, vocab_size=280, model_type=kind, byte_fallback=True,
-            hard_vocab_limit=False, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter(texts * 5),
+            model_writer=model,
+            vocab_size=280,
+            model_type=kind,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
         found.append({"tokenizer.model": model.getvalue()})
     return found
 
@@ -260,11 +338,13 @@ def template() -> list[Case]:
 
     more = (
         "{%- set ns = namespace(first=true) -%}{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
-        "{{- '[INST] ' + message['content'] | trim + ' [/INST]' -}}{%- elif ns.first -%}{%- set ns.first = false -%}{{ bos_token }}"
+        "{{- '[INST] ' + message['content'] | trim + ' [/INST]' -}}{%- elif ns.first -%}{%- set ns.first = false -%}"
+        "{{ bos_token }}"
         "{%- else -%}{{ raise_exception('no') }}{%- endif -%}{%- endfor -%}",
-        "{% macro turn(m) %}{{ m.role|upper ~ ': ' ~ m.content.strip() }}{% endmacro %}{% for m in messages[1:] %}{{ turn(m) }}"
-        "{{ loop.index0 % 2 }}{% if not loop.last %}\n{% endif %}{% endfor %}{{ messages|tojson }}{{ messages[::-1][0].content.split('o')[-1] }}",
-    )  # fmt: skip
+        "{% macro turn(m) %}{{ m.role|upper ~ ': ' ~ m.content.strip() }}{% endmacro %}{% for m in messages[1:] %}"
+        "{{ turn(m) }}{{ loop.index0 % 2 }}{% if not loop.last %}\n{% endif %}{% endfor %}{{ messages|tojson }}"
+        "{{ messages[::-1][0].content.split('o')[-1] }}",
+    )
     return [{"template.jinja": text.encode()} for text in (*BUILT_IN.values(), TEMPLATE, *more)]
 
 
@@ -299,8 +379,9 @@ def vqgan_config():
     """Of the smallest image tokenizer."""
     from ringjax.models.vqgan import VQGANConfig
 
-    return VQGANConfig(resolution=8, hidden=4, multipliers=(1, 1), res_blocks=1, z_channels=4, codes=8, code_dim=4,
-                       norm_groups=2)  # fmt: skip
+    return VQGANConfig(
+        resolution=8, hidden=4, multipliers=(1, 1), res_blocks=1, z_channels=4, codes=8, code_dim=4, norm_groups=2
+    )
 
 
 def _vqgan():
@@ -334,21 +415,25 @@ def pickled() -> list[Case]:
         for level in levels:
             at = at.setdefault(level, {})
         at[last] = np.asarray(tensor)
-    small = {"a": {"b": np.arange(6, dtype=">f4").reshape(2, 3)}, "c": np.asfortranarray(np.ones((2, 2), "<i8")), "d": np.float32(1)}
+    small = {
+        "a": {"b": np.arange(6, dtype=">f4").reshape(2, 3)},
+        "c": np.asfortranarray(np.ones((2, 2), "<i8")),
+        "d": np.float32(1),
+    }
     small = {"a": small["a"], "c": small["c"]}
     return [
         *({"vqgan.pickle": pickle.dumps(tree, protocol)} for protocol in (2, 4)),
         *({"vqgan.pickle": pickle.dumps(small, protocol)} for protocol in range(6)),
-        {"vqgan.pickle": memo_bomb(2, 64)}, {"vqgan.pickle": memo_bomb(4000)}, {"vqgan.pickle": deep_pickle(100_000)},
-    ]  # fmt: skip
+        {"vqgan.pickle": memo_bomb(2, 64)},
+        {"vqgan.pickle": memo_bomb(4000)},
+        {"vqgan.pickle": deep_pickle(100_000)},
+    ]
 
 
 def lwm() -> list[Case]:
     from tests.interop import test_lwm as made
 
-    return [
-        {"stream.msgpack": made.packed(made.theirs(made.drawn(made.TEXT), scanned))} for scanned in (True, False)
-    ]  # fmt: skip
+    return [{"stream.msgpack": made.packed(made.theirs(made.drawn(made.TEXT), scanned))} for scanned in (True, False)]
 
 
 def hf_config() -> list[Case]:
@@ -376,8 +461,14 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 def llava() -> list[Case]:
     from tests.interop import llava_small
 
-    preprocessing = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 12}, "do_center_crop": True,
-                     "crop_size": {"height": 12, "width": 12}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+    preprocessing = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 12},
+        "do_center_crop": True,
+        "crop_size": {"height": 12, "width": 12},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     more = {"preprocessor_config.json": json.dumps(preprocessing).encode()}
     return [
         _written(lambda folder, fields=fields: llava_small.write(folder, fields)) | more
@@ -417,18 +508,30 @@ def release() -> list[Case]:
     state = nnx.to_flat_state(nnx.state(Transformer.abstract(config)))
     tensors = {".".join(path): np.ones(leaf.get_value().shape, np.float32) for path, leaf in state}
     about = {
-        "format": module.FORMAT, "model": to_plain(config), "context": 64, "codes_of": "0" * 64,
-        "data": {"codes_per_frame": 16, "vision_codes": 8, "separator": " ", "add_bos": True, "max_frames": None,
-                 "bidirectional_frames": False},
-    }  # fmt: skip
+        "format": module.FORMAT,
+        "model": to_plain(config),
+        "context": 64,
+        "codes_of": "0" * 64,
+        "data": {
+            "codes_per_frame": 16,
+            "vision_codes": 8,
+            "separator": " ",
+            "add_bos": True,
+            "max_frames": None,
+            "bidirectional_frames": False,
+        },
+    }
 
     def write(folder: Path) -> None:
         save_file(tensors, folder / module.WEIGHTS)
         (folder / module.ABOUT).write_text(json.dumps(about))
 
     small = tokenizer()[0]
-    return [_written(write) | {f"tokenizer/{name}": x for name, x in small.items()}
-            | {"vision_tokenizer.safetensors": vqgan()[0]["vqgan.safetensors"]}]  # fmt: skip
+    return [
+        _written(write)
+        | {f"tokenizer/{name}": x for name, x in small.items()}
+        | {"vision_tokenizer.safetensors": vqgan()[0]["vqgan.safetensors"]}
+    ]
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -449,8 +552,15 @@ def checkpoint() -> list[Case]:
     import jax
 
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), state)
-    info = {"step": 2, "stage": 0, "stage_step": 2, "config": to_plain(run), "parameters": describe_arrays(params),
-            "notes": {"codes_of": "0" * 64}, "data": {"epoch": 0}}  # fmt: skip
+    info = {
+        "step": 2,
+        "stage": 0,
+        "stage_step": 2,
+        "config": to_plain(run),
+        "parameters": describe_arrays(params),
+        "notes": {"codes_of": "0" * 64},
+        "data": {"epoch": 0},
+    }
 
     def write(folder: Path) -> None:
         store = CheckpointStore(folder, CheckpointConfig(asynchronous=False), print)
@@ -471,25 +581,51 @@ def manifest() -> list[Case]:
 
 
 def results() -> list[Case]:
-    base = {"method": "exact", "part": "needle", "length": 1024, "depth": 0.5, "index": 0, "score": 1.0, "seconds": 0.5,
-            "tokens": 1000, "first_seconds": 0.1, "cache_bytes": 1 << 20, "peak_bytes": None, "answer": "a"}  # fmt: skip
+    base = {
+        "method": "exact",
+        "part": "needle",
+        "length": 1024,
+        "depth": 0.5,
+        "index": 0,
+        "score": 1.0,
+        "seconds": 0.5,
+        "tokens": 1000,
+        "first_seconds": 0.1,
+        "cache_bytes": 1 << 20,
+        "peak_bytes": None,
+        "answer": "a",
+    }
     lost = {**base, "part": "perplexity", "losses": [2.0, 3.0], "counts": [10, 10], "characters": 80, "bytes": 80}
     head = {"format": 1, "asked": {"a": [1, 2]}, "about": {"model": "m"}}
     rows = [{**base, "index": i, "length": length} for i in range(2) for length in (1024, 2048)]
-    return [{"results.jsonl": _lines(head, *rows)}, {"results.jsonl": _lines(head, lost)}, {"results.jsonl": _lines(head, *rows)[:-9]}]
+    return [
+        {"results.jsonl": _lines(head, *rows)},
+        {"results.jsonl": _lines(head, lost)},
+        {"results.jsonl": _lines(head, *rows)[:-9]},
+    ]
 
 
 def metrics() -> list[Case]:
-    rows = [{"step": i, "stage": "train", "loss": 3.2 / i, "text_loss": 3.1, "vision_loss": None, "grad_norm": 0.8} for i in range(1, 30)]
+    rows = [
+        {"step": i, "stage": "train", "loss": 3.2 / i, "text_loss": 3.1, "vision_loss": None, "grad_norm": 0.8}
+        for i in range(1, 30)
+    ]
     rows += [{"step": 10, "eval": {"sample:digits": {"loss": 3.3}}}]
     return [{"metrics.jsonl": _lines(*rows)}]
 
 
 def texts() -> list[Case]:
     lines = _lines({"text": "a document"}, {"text": "another"})
-    passages = _lines({"context": "A b. C d.", "question": "What?", "answers": ["b", "d"]}, {"context": "a", "question": "b", "answers": "c"})
+    passages = _lines(
+        {"context": "A b. C d.", "question": "What?", "answers": ["b", "d"]},
+        {"context": "a", "question": "b", "answers": "c"},
+    )
     bomb = gzip.compress(b"a" * (1 << 28))
     return [
-        {"texts.jsonl": lines}, {"texts.jsonl": passages}, {"texts.txt": "plain é text".encode()},
-        {"texts.jsonl.gz": gzip.compress(lines)}, {"texts.txt.gz": bomb * 2}, *({"texts.jsonl": x} for x in (lines, passages) * 8),
-    ]  # fmt: skip
+        {"texts.jsonl": lines},
+        {"texts.jsonl": passages},
+        {"texts.txt": "plain é text".encode()},
+        {"texts.jsonl.gz": gzip.compress(lines)},
+        {"texts.txt.gz": bomb * 2},
+        *({"texts.jsonl": x} for x in (lines, passages) * 8),
+    ]

@@ -66,7 +66,8 @@ def of_tree(rng: random.Random, tree: Any, words: tuple[str, ...] = ()) -> Any:
             box[key] = copy.deepcopy(other_box[other_key]) if _has(other_box, other_key) else None
         elif what == 7:
             old = box[key]
-            box[key] = old * rng.choice((2, 1000)) if isinstance(old, str | list) else [old]
+            times = rng.choice((2, 1000)) if isinstance(old, str | list) and len(old) < 1000 else 2
+            box[key] = old * times if isinstance(old, str | list) else [old]
         elif what == 8 and isinstance(box, dict):
             new = rng.choice(words) if words and rng.random() < 0.7 else rng.choice(TEXTS)
             box[new] = box.pop(key) if rng.random() < 0.5 else hostile(rng)

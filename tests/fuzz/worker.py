@@ -50,9 +50,16 @@ class Outcome:
 
 
 def run(
-    target: str, *, inputs: int, seed: int = 0, seconds: float = float("inf"), findings: Path | None = None, first: int = 0,
-    most: int = 25, say: Callable[[str], None] = lambda line: None,
-) -> Outcome:  # fmt: skip
+    target: str,
+    *,
+    inputs: int,
+    seed: int = 0,
+    seconds: float = float("inf"),
+    findings: Path | None = None,
+    first: int = 0,
+    most: int = 25,
+    say: Callable[[str], None] = lambda line: None,
+) -> Outcome:
     """Read so many inputs of a target, or for so long; stops early at `most` kinds of findings."""
     outcome, start = Outcome(target), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ringjax-fuzz-") as folder:
@@ -66,11 +73,23 @@ def run(
     return outcome
 
 
-def _run_one(outcome: Outcome, target: str, seed: int, first: int, last: int, places, folder: Path, end: float, say) -> int:
+def _run_one(
+    outcome: Outcome, target: str, seed: int, first: int, last: int, places, folder: Path, end: float, say
+) -> int:
     """Lets one process read inputs from `first` on; gives the number of the next one."""
     progress, errors = folder / "progress", folder / "stderr"
     progress.write_text("")
-    command = [sys.executable, "-m", "tests.fuzz.worker", target, str(seed), str(first), str(last), *map(str, places), str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz.worker",
+        target,
+        str(seed),
+        str(first),
+        str(last),
+        *map(str, places),
+        str(folder),
+    ]
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(root)}
     next_one = first
@@ -147,7 +166,11 @@ def input_number(target, cases: list, seed: int, number: int) -> dict[str, bytes
     if number < len(cases):
         return cases[number]
     rng = random.Random(f"{target.name} {seed} {number}")
-    return change(target, rng, rng.choice(cases), cases)
+    chosen = rng.choice(cases)
+    try:
+        return change(target, rng, chosen, cases)
+    except (MemoryError, RecursionError):  # the changes themselves went too far
+        return chosen
 
 
 def _keep(target_name: str, seed: int, number: int, places, details: str) -> None:
@@ -211,7 +234,13 @@ def main() -> None:
 def _names(target, case: Path, cases: list) -> tuple[str, ...]:
     """What a message may name: the folder, or a file."""
     files = {name.rsplit("/", 1)[-1] for one in cases for name in one}
-    return (str(case), *target.names, *files, *("step_00000002" for _ in [0] if target.name in ("checkpoint", "manifest")), f"{case.name} ")
+    return (
+        str(case),
+        *target.names,
+        *files,
+        *("step_00000002" for _ in [0] if target.name in ("checkpoint", "manifest")),
+        f"{case.name} ",
+    )
 
 
 def _clear_caches(number: int) -> None:
@@ -221,7 +250,6 @@ def _clear_caches(number: int) -> None:
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
 
 
 if __name__ == "__main__":

@@ -68,9 +68,10 @@ class Preprocessing:
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
             raise ValueError(f"the picture is {picture.dtype}{list(picture.shape)}; give uint8 [H, W, 3], in RGB")
         if self.pad_to_square:
-            size = max(picture.shape)
-            if size * size > max(_MOST_PIXELS, 4 * picture.shape[0] * picture.shape[1]):
-                raise ValueError(f"a picture of {picture.shape[0]} × {picture.shape[1]} would be a square of {size}; cut it")
+            height, width, _ = picture.shape
+            size = max(height, width)
+            if size * size > max(_MOST_PIXELS, 4 * height * width):
+                raise ValueError(f"a picture of {height} × {width} would be a square of {size}; cut it")
             picture = _square(picture, [int(255 * x) for x in self.mean])
         if self.resize is not None:
             height, width = self._size(*picture.shape[:2])

@@ -98,7 +98,8 @@ def load_vqgan(path: str | os.PathLike) -> VQGAN:
                 for name, (at, value) in wanted.items()
             ]
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({str(error)[:300]}); copy or train it again") from None
+        said = str(error)[:300]
+        raise ValueError(f"{path} is not a whole safetensors file ({said}); copy or train it again") from None
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 
