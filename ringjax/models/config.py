@@ -303,7 +303,8 @@ def _one_of(name: str, value, choices) -> None:
 
 def _at_least(name: str, value, least: float, whole: bool = False) -> None:
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < (math.inf if whole else _LARGEST_NUMBER):
+    most = math.inf if whole else _LARGEST_NUMBER
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < most:
         raise ValueError(f"{name} {brief(value)} must be a {'whole ' if whole else ''}number of at least {least}")
 
 
