@@ -10,13 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-SECONDS = 8
-"""Of processor time that an input may take (most take milliseconds); waiting may take three times as long."""
+from tests.fuzz.worker import CANARY
+
+SECONDS = int(os.environ.get("RINGJAX_FUZZ_SECONDS", 8))
+"""Of processor time that an input may take; most take milliseconds."""
+PATIENCE = 10
+"""By how much longer it may wait, on a machine that others use too."""
 MEMORY = 1 << 30
 """Bytes by which resident memory may grow while one input is read."""
 ADDRESSES = 6 << 30
 """Bytes of address space beyond what the libraries take when they are loaded: more is refused by the system."""
-CANARY = "CANARY"
 _RUNS = (
     "os.system",
     "os.exec",
@@ -108,7 +111,7 @@ class Guard:
         if isinstance(caught, Slow):
             return Verdict("slow", f"over {SECONDS} s", "")
         if self.seen:
-            return Verdict("outside", f"{self.seen[0][0]} {_ours(self.seen[0][2])}", f"{self.seen[0]}")
+            return Verdict("outside", f"{self.seen[0][0]} {self.seen[0][1][:60]} {_ours(self.seen[0][2])}", f"{self.seen[0]}")
         if (self.folder / CANARY).exists() or (case / CANARY).exists():
             return Verdict("ran", "the canary file is there", "")
         if grown > MEMORY:

@@ -470,6 +470,13 @@ def _targets() -> list[Target]:
 TARGETS: dict[str, Target] = {target.name: target for target in _targets()}
 
 
+def find(name: str) -> Target:
+    """A target by its name, that of the fuzzer's own test too."""
+    from tests.fuzz import faulty
+
+    return faulty.TARGET if name == faulty.TARGET.name else TARGETS[name]
+
+
 def learn_words(target: Target, cases: list[Case]) -> None:
     """Tell the mutations what this target's reader knows."""
     for case in cases:

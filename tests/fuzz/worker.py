@@ -25,6 +25,8 @@ from pathlib import Path
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1"}
 _EACH = 4000
 """Inputs that one process reads, at most."""
+CANARY = "CANARY"
+"""A file that payloads make where they are run."""
 
 
 @dataclasses.dataclass
@@ -105,8 +107,8 @@ def _run_one(
                 if time.monotonic() > end:
                     break
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill() if time.monotonic() > end else None
+            if time.monotonic() > end:
+                process.kill()
             process.stdout.close()
             code = process.wait()
     if time.monotonic() > end or code == 0:
@@ -175,9 +177,9 @@ def input_number(target, cases: list, seed: int, number: int) -> dict[str, bytes
 
 def _keep(target_name: str, seed: int, number: int, places, details: str) -> None:
     """Writes an input that is a finding beside what became of it."""
-    from tests.fuzz.targets import TARGETS, learn_words
+    from tests.fuzz.targets import find, learn_words
 
-    target = TARGETS[target_name]
+    target = find(target_name)
     cases = cases_of(target, places[0])
     learn_words(target, cases)
     place = Path(places[1]) / target_name / str(number)
@@ -185,49 +187,63 @@ def _keep(target_name: str, seed: int, number: int, places, details: str) -> Non
     (place / "verdict.txt").write_text(details)
 
 
+def judge(guard, target, cases: list, seed: int, number: int, work: Path):
+    """The verdict on one input, read in a folder of its own below `work`."""
+    from tests.fuzz.guard import PATIENCE, SECONDS
+
+    case = work / f"{target.name}-{number}"
+    write_case(case, input_number(target, cases, seed, number))
+    # What the alarm cannot stop, such as a wait in a library, ends this process.
+    faulthandler.dump_traceback_later(PATIENCE * SECONDS, exit=True)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        verdict = guard.run(target.read, case, target.errors, _names(target, case, cases))
+    faulthandler.cancel_dump_traceback_later()
+    shutil.rmtree(case, ignore_errors=True)
+    (work / CANARY).unlink(missing_ok=True)
+    return verdict
+
+
+def warmed(target, folder: Path, work: Path) -> list:
+    """The seeds of a target, after the first of them was read: libraries are loaded before memory is watched."""
+    from tests.fuzz.targets import learn_words
+
+    cases = cases_of(target, folder)
+    learn_words(target, cases)
+    with contextlib.suppress(Exception):
+        write_case(work / f"{target.name}-warm", cases[0])
+        target.read(work / f"{target.name}-warm")
+    return cases
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("target", "seed", "first", "last", "seeds", "findings", "folder"):
         parser.add_argument(name)
     given = parser.parse_args()
-    from tests.fuzz.guard import MEMORY, SECONDS, Guard, settle
-    from tests.fuzz.targets import TARGETS, learn_words
+    from tests.fuzz.guard import MEMORY, Guard, settle
+    from tests.fuzz.targets import find
 
-    target, seed = TARGETS[given.target], int(given.seed)
+    target, seed = find(given.target), int(given.seed)
     places = Path(given.seeds), Path(given.findings)
-    cases = cases_of(target, places[0])
-    learn_words(target, cases)
     work = Path(given.folder, f"work-{os.getpid()}")
     work.mkdir()
     os.chdir(work)
     guard, seen = Guard(work), collections.Counter()
-    with contextlib.suppress(Exception):  # libraries are loaded before memory is watched
-        write_case(work / "warm", cases[0])
-        target.read(work / "warm")
+    cases = warmed(target, places[0], work)
     guard.limit_addresses()
-    sys.setrecursionlimit(1000)
     progress = os.open(Path(given.folder) / "progress", os.O_WRONLY)
     for number in range(int(given.first), int(given.last)):
         os.pwrite(progress, f"{number:<12d}".encode(), 0)
-        case = work / f"{number}"
-        write_case(case, input_number(target, cases, seed, number))
-        faulthandler.dump_traceback_later(3 * SECONDS, exit=True)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            verdict = guard.run(target.read, case, target.errors, _names(target, case, cases))
-        faulthandler.cancel_dump_traceback_later()
+        verdict = judge(guard, target, cases, seed, number, work)
         print(f"{number}\t{verdict.kind}\t{verdict.signature.replace(chr(9), ' ')[:200]}", flush=True)
         name = f"{verdict.kind} {verdict.signature}"
         if not verdict.passed and seen[name] < 2:
             seen[name] += 1
             _keep(target.name, seed, number, places, f"{name}\n{verdict.details}")
-        shutil.rmtree(case, ignore_errors=True)
-        if verdict.kind in ("memory", "slow", "ran", "outside"):
-            (work / "CANARY").unlink(missing_ok=True)
         if number % 64 == 0:
             settle()
             _clear_caches(number)
         if verdict.kind == "memory" or _resident() > 3 * MEMORY:
-            sys.stdout.flush()
             sys.exit(0)  # another process goes on
 
 
@@ -238,8 +254,7 @@ def _names(target, case: Path, cases: list) -> tuple[str, ...]:
         str(case),
         *target.names,
         *files,
-        *("step_00000002" for _ in [0] if target.name in ("checkpoint", "manifest")),
-        f"{case.name} ",
+        f"{case.name} ",  # as a checkpoint's folder is called in messages
     )
 
 
