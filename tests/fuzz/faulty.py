@@ -7,11 +7,23 @@ from pathlib import Path
 from tests.fuzz.targets import Target
 
 FAULTS = {
-    "accepted": "accepted", "refused": "refused", "unnamed": "unnamed: ValueError", "wrong": "error: KeyError",
-    "recursion": "error: RecursionError", "loop": "slow: over", "wait": "hang: exit 1", "memory": "memory: grew by over 1 GiB",
-    "abort": "crash: SIGABRT", "exit": "crash: exit 7", "system": "outside: os.system", "write": "outside: open /tmp/ringjax-fuzz-outside",
-    "read": "outside: open /etc/hostname", "remove": "outside: os.remove", "canary": "ran: the canary", "long": "message: ValueError",
-}  # fmt: skip
+    "accepted": "accepted",
+    "refused": "refused",
+    "unnamed": "unnamed: ValueError",
+    "wrong": "error: KeyError",
+    "recursion": "error: RecursionError",
+    "loop": "slow: over",
+    "wait": "hang: exit 1",
+    "memory": "memory: grew by over 1 GiB",
+    "abort": "crash: SIGABRT",
+    "exit": "crash: exit 7",
+    "system": "outside: os.system",
+    "write": "outside: open /tmp/ringjax-fuzz-outside",
+    "read": "outside: open /etc/hostname",
+    "remove": "outside: os.remove",
+    "canary": "ran: the canary",
+    "long": "message: ValueError",
+}
 """By what the file says: how a verdict begins."""
 
 

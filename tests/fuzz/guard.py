@@ -111,7 +111,9 @@ class Guard:
         if isinstance(caught, Slow):
             return Verdict("slow", f"over {SECONDS} s", "")
         if self.seen:
-            return Verdict("outside", f"{self.seen[0][0]} {self.seen[0][1][:60]} {_ours(self.seen[0][2])}", f"{self.seen[0]}")
+            return Verdict(
+                "outside", f"{self.seen[0][0]} {self.seen[0][1][:60]} {_ours(self.seen[0][2])}", f"{self.seen[0]}"
+            )
         if (self.folder / CANARY).exists() or (case / CANARY).exists():
             return Verdict("ran", "the canary file is there", "")
         if grown > MEMORY:

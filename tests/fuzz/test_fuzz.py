@@ -34,7 +34,10 @@ def test_an_input_is_known_by_its_seed_and_number(name, tmp_path):
     target = TARGETS[name]
     cases = cases_of(target, tmp_path)
     learn_words(target, cases)
-    some = [[input_number(target, cases, seed, number) for number in range(len(cases), len(cases) + 30)] for seed in (0, 0, 1)]
+    some = [
+        [input_number(target, cases, seed, number) for number in range(len(cases), len(cases) + 30)]
+        for seed in (0, 0, 1)
+    ]
     assert some[0] == some[1] != some[2]
     assert sum(case not in cases for case in some[0]) > 20
 

@@ -16,7 +16,7 @@ from flax.core import FrozenDict
 from ringjax.interop.pickled import load_vqgan_pickle, read_pickled_arrays
 from ringjax.models import vqgan
 from ringjax.models.vqgan.files import named_tensors
-from tests.fuzz.formats import memo_bomb
+from tests.fuzz.payloads import memo_bomb
 
 TINY = vqgan.VQGANConfig(
     resolution=8, channels=1, hidden=4, multipliers=(1, 2), res_blocks=1, z_channels=4, codes=16, code_dim=3,
