@@ -244,8 +244,8 @@ def _check_origin(meta: dict, source: SourceConfig, config: DataConfig, tokenize
     made_with = meta.get("tokenizer_fingerprint")
     if made_with != tokenizer.fingerprint:
         raise ValueError(
-            f"data set {source.path} was made with tokenizer {brief(meta.get('tokenizer'))} ({str(made_with)[:12]}), not "
-            f"with {config.tokenizer!r} ({tokenizer.fingerprint[:12]}); use that one or tokenize again"
+            f"data set {source.path} was made with tokenizer {brief(meta.get('tokenizer'))} ({str(made_with)[:12]}),"
+            f" not with {config.tokenizer!r} ({tokenizer.fingerprint[:12]}); use that one or tokenize again"
         )
     for name in ("codes_per_frame", "vision_codes"):
         if meta.get("has_vision") and meta.get(name) != getattr(config, name):
