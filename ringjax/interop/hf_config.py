@@ -208,7 +208,8 @@ class _Reader:
     def _rope(self) -> tuple[float, RopeScaling | None]:
         """theta and the scaling, from `rope_theta` and `rope_scaling`, or `rope_parameters` that has both."""
         given = dict(self.fields["rope_parameters"] or self.fields["rope_scaling"] or {})
-        theta = given.pop("rope_theta", None) or self.fields["rope_theta"] or 10000.0
+        named = (given.pop("rope_theta", None), self.fields["rope_theta"], 10000.0)
+        theta = next(value for value in named if value is not None)
         if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < _LARGEST:
             raise ValueError(f"{self.where}: rope_theta {brief(theta)} must be a number from 0 to {_LARGEST}")
         if given.pop("partial_rotary_factor", 1.0) != 1.0:

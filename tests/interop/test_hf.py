@@ -271,9 +271,9 @@ def test_nothing_is_overwritten_or_left_half_written(folder, monkeypatch):
         ({"rope_scaling": [1]}, r"rope_scaling \[1\] is not dict"),
         (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": {}, "factor": 2}},
-            "rope_theta {} must be a number|has no factor",
+            "rope_theta {} must be a number",
         ),
-        ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_scaling None is not supported|the rules are"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "the rules are linear, llama3, yarn"),
         (
             {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": "a"}},
             "'a' is no number of tokens",

@@ -205,7 +205,7 @@ def test_manifests_that_are_none(tmp_path, body):
 
 
 def test_a_manifest_of_no_run(tmp_path):
-    run = parse_config("model: {width: 16, ffn_width: 16, layers: 1, heads: 2}")
+    run = parse_config("model: {width: 16, ffn_width: 16, layers: 1, heads: 2}\ndata: {}")
     info = {"config": to_plain(run), "stage": 0}
     assert ckpt.run_of(info, tmp_path).model.width == 16
     for changes, words in (
