@@ -43,7 +43,7 @@ def test_an_input_is_known_by_its_seed_and_number(name, tmp_path):
 
 
 def test_some_inputs_of_every_target(tmp_path):
-    command = [sys.executable, "-m", "tests.fuzz.smoke", str(tmp_path), "60", "0.25"]
+    command = [sys.executable, "-m", "tests.fuzz.smoke", str(tmp_path), "40", "0.15"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     lines = [line.split("\t") for line in ended.stdout.splitlines() if line.count("\t") == 4]
