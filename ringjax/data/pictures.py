@@ -29,8 +29,8 @@ MOST_PIXELS = 1 << 26
 picture takes more than 1 GiB, however small its file is."""
 MOST_FRAMES = 1 << 14
 """Of a clip; nine minutes at 30 frames a second."""
-MOST_CLIP_PIXELS = 1 << 30
-"""Pixels in all frames that are decoded; 518 frames of 1920 × 1080, or all of MOST_FRAMES at 256 × 256."""
+MOST_CLIP_PIXELS = 1 << 29
+"""Pixels in all frames that are decoded, some seconds' work; 258 frames of 1920 × 1080, 8,192 of 256 × 256."""
 MOST_BYTES = 1 << 30
 """Of the frames that one call gives."""
 _LEAST_FRAME = 8  # bytes of a file; every format needs more for a frame
