@@ -22,6 +22,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ringjax.json_text import brief
 from ringjax.models.config import ModelConfig
 from ringjax.models.transformer import Transformer
 from ringjax.training.config import CheckpointConfig, RunConfig
@@ -92,8 +93,11 @@ def last_whole(folder: Path, verify: bool = True, say: Callable[[str], None] = p
 
 def load_arrays(path: Path, name: str, abstract: Any) -> Any:
     """The arrays `name` ("params" or "optimizer") of a checkpoint, placed by the shardings of `abstract`."""
-    loaded = _orbax().load_checkpointables(path.absolute(), {name: flatten_named(abstract)})[name]
-    return unflatten_like(abstract, loaded)
+    try:
+        loaded = _orbax().load_checkpointables(path.absolute(), {name: flatten_named(abstract)})[name]
+        return unflatten_like(abstract, loaded)
+    except Exception as error:  # orbax and tensorstore raise errors of many kinds
+        raise CheckpointError(f"{path}: the arrays {name!r} cannot be read: {_reason(error, path)}") from error
 
 
 class CheckpointStore:
@@ -250,9 +254,15 @@ def _last_of_stage(run_dir: str | Path, folder: Path, stage: str, say: Callable[
 
 def run_of(info: dict[str, Any], path: Path) -> RunConfig:
     """The config of the transformer's run that a checkpoint is of, from its manifest."""
-    if "vqgan" in info["config"]:
+    saved, stage = info.get("config"), info.get("stage")
+    if saved is None or stage is None:
+        raise CheckpointError(f"{path} does not say of which run and stage it is; it is no checkpoint of a run")
+    if "vqgan" in saved:
         raise CheckpointError(f"{path} is of an image tokenizer's run; load its tokenizer.safetensors")
-    return build(RunConfig, to_item(info["config"], f"{path.name}/{NAME}"))
+    run = build(RunConfig, to_item(saved, f"{path.name}/{NAME}"))
+    if not 0 <= stage < len(run.stage_list):
+        raise CheckpointError(f"{path} is of stage {brief(stage)}, and its run has {len(run.stage_list)}")
+    return run
 
 
 def restore_model(
@@ -278,7 +288,7 @@ def for_inference(config: ModelConfig) -> ModelConfig:
 def restore_params(path: Path, info: dict[str, Any], model: Any, parallel: Any = None) -> Any:
     """The abstract `model` (or another module) with the parameters of a checkpoint."""
     graph, abstract = nnx.split(model)
-    check_same_arrays(info["parameters"], describe_arrays(abstract), str(path))
+    check_same_arrays(info.get("parameters", {}), describe_arrays(abstract), str(path))
     return nnx.merge(graph, load_arrays(path, "params", placed(abstract, parallel)))
 
 

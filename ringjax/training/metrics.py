@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ringjax.json_text import parse_json
+
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics file; a last line that was cut by a kill is left out."""
@@ -22,10 +24,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line)
+        except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
     return records
 
@@ -42,13 +44,15 @@ def truncate_metrics(path: str | Path, last_step: int) -> list[dict[str, Any]]:
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN: such a value is written as null."""
     if isinstance(value, dict):
         return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_finite(child) for child in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

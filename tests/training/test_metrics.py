@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from ringjax.training.metrics import MetricsWriter, read_metrics
+from ringjax.training.metrics import MetricsWriter, read_metrics, truncate_metrics
 
 
 def steps(path):
@@ -70,3 +70,18 @@ def test_tensorboard_gets_every_number(tmp_path):
     writer.write({"step": 1, "stage": "a", "loss": 2.0, "eval": {"s": {"loss": 3.0}}})
     writer.close()
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_lines_that_no_run_wrote_are_left_out(tmp_path):
+    lines = [
+        "[" * 100_000,
+        "9" * 5000,
+        '{"step": true}',
+        '{"step": 1, "loss": NaN, "more": [Infinity]}',
+        "null",
+        '{"step": 2}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    truncate_metrics(tmp_path / "metrics.jsonl", 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "more": [null]}\n'
