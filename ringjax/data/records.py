@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ringjax.data.config import DataConfig, SourceConfig
-from ringjax.data.errors import DataError
+from ringjax.data.errors import DataError, MissingShard
 from ringjax.data.example import Example, require_usable
 from ringjax.data.tokenizers import TextTokenizer
 
@@ -154,7 +154,7 @@ class RecordReader:
     def _check_size(self, shard: Shard) -> None:
         path = self.folder / shard.file
         if not path.is_file():
-            raise FileNotFoundError(f"shard {path} is missing; copy the data set again")
+            raise MissingShard(f"shard {path} is missing; copy the data set again")
         size = path.stat().st_size
         if size != shard.bytes:
             what = "cut" if size < shard.bytes else "too long"

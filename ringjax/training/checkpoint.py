@@ -9,7 +9,6 @@ older one is removed only after a newer one is whole.
 """
 
 import dataclasses
-import errno
 import functools
 import logging
 import re
@@ -22,6 +21,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ringjax import disk
 from ringjax.models.config import ModelConfig
 from ringjax.models.transformer import Transformer
 from ringjax.training.config import CheckpointConfig, RunConfig
@@ -35,6 +35,10 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says which one, why and what is left."""
+
+
+class DiskError(CheckpointError):
+    """A checkpoint could not be written because of the disk: it is full, read-only or broken."""
 
 
 @functools.cache
@@ -112,6 +116,7 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._newest: int | None = None
+        self._bytes = 0
 
     def tidy(self) -> None:
         """Put aside what a kill left behind, so that its step can be saved again. Process 0, before training."""
@@ -140,6 +145,7 @@ class CheckpointStore:
             return
         self._newest = step
         named = {name: flatten_named(tree) for name, tree in arrays.items()}
+        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(named))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             response = _orbax().save_checkpointables_async(path, named)
@@ -173,11 +179,29 @@ class CheckpointStore:
         if self._failure is None:
             return
         failure, self._failure = self._failure, None
+        reason = self._reason(failure)  # first: it says what is free while the unfinished files are there
         if jax.process_index() == 0:
             self._remove_unfinished()
         left = next((p for _, p in step_folders(self.folder) if (p / NAME).exists()), None)
         last = f"the last whole checkpoint is {left}" if left else "there is no whole checkpoint yet"
-        raise CheckpointError(f"saving a checkpoint failed: {_reason(failure, self.folder)}; {last}") from failure
+        kind = CheckpointError if disk.problem(failure) is None else DiskError
+        raise kind(f"saving a checkpoint failed: {reason}; {last}") from failure
+
+    def _reason(self, error: BaseException) -> str:
+        """One line for what went wrong; what is wrong with a disk is named as such."""
+        problem = disk.problem(error)
+        if problem is None:
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        what = disk.named(error) or f"step_{self._newest:08d}"
+        try:
+            room = disk.free(self.folder)
+        except OSError as second:
+            room = f"what is free cannot be told: {second}"
+        out = "free some space" if "full" in problem else "mend that"
+        return (
+            f"the disk of {self.folder} {problem}; {out} and run the same command again: {what} of a checkpoint of"
+            f" {disk.megabytes(self._bytes)} could not be written ({room})"
+        )
 
     def _remove_unfinished(self) -> None:
         for path in self.folder.glob(f"*{_TEMPORARY}*"):
@@ -192,18 +216,6 @@ class CheckpointStore:
             self._thread.join()
             self._thread = None
         self.poll()
-
-
-def _reason(error: BaseException, folder: Path) -> str:
-    """One line for what went wrong; a full disk is named as such."""
-    chain, seen = error, []
-    while chain is not None and len(seen) < 10:
-        seen.append(chain)
-        chain = chain.__cause__ or chain.__context__
-    text = " ".join(str(e) for e in seen)
-    if any(getattr(e, "errno", None) == errno.ENOSPC for e in seen) or re.search("no space left|ENOSPC", text, re.I):
-        return f"the disk of {folder} is full; free some space and run the same command again"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def find_checkpoint(
