@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
+from ringjax import disk
 from ringjax.cli_options import UsageError, print_help, read_lists, read_options, split_lists, split_overrides
 from ringjax.exit_codes import ExitCode, code_of
 
@@ -80,14 +81,17 @@ def _left(code: int) -> int:
 def _report(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    for line in message.splitlines():
-        print(f"ringjax: error: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a log on a full disk changes no exit code
+        for line in message.splitlines():
+            print(f"ringjax: error: {line}", file=sys.stderr, flush=True)
     return code
 
 
 def _message(error: Exception) -> str:
     expected = (ValueError, NotImplementedError, RuntimeError, OSError, ImportError)
     text = str(error).strip()
+    if isinstance(error, OSError) and (problem := disk.problem(error)) is not None:
+        return f"the disk {problem}: {text}; mend that and run the same command again"
     if isinstance(error, expected) and text:
         return text
     return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"

@@ -13,7 +13,9 @@ import functools
 import logging
 import re
 import shutil
+import sys
 import threading
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from flax import nnx
 from ringjax import disk
 from ringjax.models.config import ModelConfig
 from ringjax.models.transformer import Transformer
+from ringjax.training import peers
 from ringjax.training.config import CheckpointConfig, RunConfig
 from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest, write_manifest
 from ringjax.training.typed import build
@@ -31,6 +34,8 @@ from ringjax.training.yaml_tree import to_item
 
 FOLDER = "checkpoints"
 _TEMPORARY = ".orbax-checkpoint-tmp"
+SAVE_SECONDS = 3600
+"""A save that takes longer hangs."""
 
 
 class CheckpointError(RuntimeError):
@@ -47,7 +52,22 @@ def _orbax():
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     import orbax.checkpoint.experimental.v1 as ocp
 
+    before = sys.unraisablehook
+
+    def hook(raised) -> None:
+        # Where a save fails, tensorstore tells the rest of its futures to a loop that is gone, and prints each.
+        if str(raised.exc_value) != "Event loop is closed":
+            before(raised)
+
+    sys.unraisablehook = hook
     return ocp
+
+
+def _start_saving(path: Path, named: dict[str, Any]):
+    """Orbax's own limit is by the wall clock, which may jump in the meantime: a save that hangs is found by ours."""
+    ocp = _orbax()
+    with ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=14 * 86400)):
+        return ocp.save_checkpointables_async(path, named)
 
 
 def flatten_named(tree: Any) -> dict[str, Any]:
@@ -117,6 +137,7 @@ class CheckpointStore:
         self._failure: BaseException | None = None
         self._newest: int | None = None
         self._bytes = 0
+        self._begun = 0.0
 
     def tidy(self) -> None:
         """Put aside what a kill left behind, so that its step can be saved again. Process 0, before training."""
@@ -148,11 +169,13 @@ class CheckpointStore:
         self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(named))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            response = _orbax().save_checkpointables_async(path, named)
+            response = _start_saving(path, named)
         except Exception as error:
             self._failure = error
             self.poll()
-        self._thread = threading.Thread(target=self._finish, args=(response, path, info), name="checkpoint")
+        arguments = (response, path, info)
+        self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint", daemon=True)
+        self._begun = time.monotonic()
         self._thread.start()
         if not self._config.asynchronous:
             self.wait()
@@ -175,7 +198,14 @@ class CheckpointStore:
             shutil.rmtree(path, ignore_errors=True)
 
     def poll(self) -> None:
-        """Raises CheckpointError if a save has failed; cheap, called every step."""
+        """Raises CheckpointError if a save has failed, or hangs; cheap, called every step."""
+        if self._thread is not None and self._thread.is_alive() and time.monotonic() - self._begun > SAVE_SECONDS:
+            self._thread = None
+            peers.end_at_once()  # the thread can't be ended
+            raise DiskError(
+                f"saving a checkpoint to {self.folder} has not ended for {SAVE_SECONDS / 60:.0f} minutes; does its disk"
+                " answer? The same command goes on from the last whole one"
+            )
         if self._failure is None:
             return
         failure, self._failure = self._failure, None
@@ -213,8 +243,9 @@ class CheckpointStore:
     def wait(self) -> None:
         """Wait for the running save, and raise CheckpointError if it failed."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(max(0.0, self._begun + SAVE_SECONDS + 1 - time.monotonic()))
+            if not self._thread.is_alive():
+                self._thread = None
         self.poll()
 
 

@@ -25,14 +25,16 @@ from ringjax.training.checkpoint import (
     describe_arrays,
     last_whole,
     load_arrays,
+    step_folders,
 )
 from ringjax.training.config import RunConfig
 from ringjax.training.image_tokenizer.config import TokenizerRun
 from ringjax.training.load import to_yaml
+from ringjax.training.manifest import NAME
 from ringjax.training.mesh import make_mesh, simulate_devices
 from ringjax.training.metrics import MetricsWriter, missing_steps
 from ringjax.training.out_of_memory import explained
-from ringjax.training.peers import Watch
+from ringjax.training.peers import Watch, is_agreed
 from ringjax.training.plot import plot_loss
 from ringjax.training.progress import Quiet, format_count, make_display
 from ringjax.training.stage import StageLoop
@@ -124,9 +126,11 @@ class Run(contextlib.AbstractContextManager):
         self.first_stage = 0
         self.notes: dict[str, Any] = {}
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         try:
-            self.store.wait()  # whatever ended the run, a save that has begun is worth its end
+            # Whatever ended the run, a save that has begun is worth its end, where the other processes take part in it.
+            if jax.process_count() == 1 or error is None or is_agreed(error):
+                self.store.wait()
         except CheckpointError as second:
             self.display.say(str(second))
         self.display.close()
@@ -160,6 +164,12 @@ class Run(contextlib.AbstractContextManager):
     def _find(self) -> list | None:
         self.folder.mkdir(parents=True, exist_ok=True)
         found = last_whole(self.store.folder, self.config.checkpoint.verify, self.display.say)
+        damaged = [path for _, path in step_folders(self.store.folder) if (path / NAME).exists()]
+        if found is None and damaged:
+            raise CheckpointError(
+                f"no checkpoint of {self.store.folder} is whole, and {len(damaged)} were: bring back one of them from a"
+                " copy, or use another run_dir to begin anew"
+            )
         self.store.tidy()
         return None if found is None else [str(found[0]), found[1]]
 

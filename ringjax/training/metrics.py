@@ -80,8 +80,11 @@ class MetricsWriter:
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; it must have a `step`. Raises OSError where the disk does not take it."""
         line = _line(_finite(record)).encode()
-        while line:
-            line = line[self._file.write(line) :]
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from None
         if self._board is not None:
             for name, value in _flat(record):
                 self._board.add_scalar(name, value, record["step"])

@@ -46,12 +46,16 @@ def describe(error: BaseException, stage: Any, state: TrainState) -> str:
     said = " ".join(str(error).split())[:300] or type(error).__name__
     arrays = on_each_device(state)
     total = sum(size for _, _, size in arrays)
-    largest = "; ".join(f"{name} {kind} {size / 2**20:.3g} MiB" for name, kind, size in arrays[:SHOWN])
+    largest = "; ".join(f"{name} {kind} {_size(size)}" for name, kind, size in arrays[:SHOWN])
     return (
         f"out of memory in stage {stage.name!r}: {said}\n"
-        f"largest arrays on each device: {largest}; parameters and optimizer are {total / 2**20:.3g} MiB of it, the"
+        f"largest arrays on each device: {largest}; parameters and optimizer are {_size(total)} of it, the"
         " rest is gradients and activations"
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
 def on_each_device(state: TrainState) -> list[tuple[str, str, int]]:
@@ -61,5 +65,5 @@ def on_each_device(state: TrainState) -> list[tuple[str, str, int]]:
     for name, leaf in named.items():
         shape = leaf.sharding.shard_shape(leaf.shape)
         kind = f"{leaf.dtype}[{','.join(map(str, shape))}]"
-        found.append((name, kind, math.prod(shape) * np.dtype(leaf.dtype).itemsize))
+        found.append((name.removesuffix(".value"), kind, math.prod(shape) * np.dtype(leaf.dtype).itemsize))
     return sorted(found, key=lambda array: array[2], reverse=True)

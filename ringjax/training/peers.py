@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -24,11 +25,15 @@ from typing import Any, NoReturn
 
 import jax
 
+from ringjax.disk import chain
 from ringjax.exit_codes import ExitCode
 from ringjax.training.config import DistributedConfig
 
 _FOLDER = "ringjax/peers"
 _LINGER = 4.0
+_OF_COLLECTIVES = (
+    r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|connection (reset|refused|closed)|socket closed|peer|barrier"
+)
 
 
 class PeerLost(RuntimeError):
@@ -88,7 +93,7 @@ class Watch(contextlib.AbstractContextManager):
     def __exit__(self, kind, error, trace):
         if self._client is None:
             return
-        if error is None or _is_agreed(error):
+        if error is None or is_agreed(error):
             self._stop.set()
             self._put(f"ended/{self._index}", "")
             _catch_abort(None)
@@ -105,7 +110,7 @@ class Watch(contextlib.AbstractContextManager):
         self._put(f"ended/{self._index}", words)
         self._stop.set()
         _catch_abort(None)
-        _ends_alone()
+        end_at_once()
 
     def _lost(self, process: int, why: str) -> None:
         """Say which process is lost, and end this one."""
@@ -235,10 +240,11 @@ def _listens(address: str) -> bool:
 
 
 def _say(message: str) -> None:
-    print(f"\nringjax: error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a log on a full disk must not keep the process alive
+        print(f"\nringjax: error: {message}", file=sys.stderr, flush=True)
 
 
-def _is_agreed(error: BaseException) -> bool:
+def is_agreed(error: BaseException) -> bool:
     """Whether all processes raise this one after the same step, and end together."""
     from ringjax.training.stops import BadLoss, Preempted
     from ringjax.training.task import DataEnded
@@ -248,31 +254,30 @@ def _is_agreed(error: BaseException) -> bool:
 
 
 def _may_come_from_a_peer(error: BaseException) -> bool:
-    """Whether this may be what a collective raises where another process is gone."""
-    from ringjax.training.out_of_memory import OutOfMemory, is_out_of_memory
-
-    own = isinstance(error, OutOfMemory) or is_out_of_memory(error)
-    return isinstance(error, jax.errors.JaxRuntimeError) and not own
+    """Whether this may be what a collective raises where another process is gone. Its type depends on the call."""
+    return any(re.search(_OF_COLLECTIVES, str(one), re.IGNORECASE) for one in chain(error))
 
 
 _alone = threading.Event()
 _handler: Any = None
 
 
-def _ends_alone() -> None:
+def end_at_once() -> None:
+    """From now on `leave` waits for nobody: neither for other processes nor for threads."""
     _alone.set()
 
 
 def leave(code: int) -> int:
-    """`code`, for a process whose others end as it does; one that ended alone is gone at once.
+    """`code`, for a process whose others end as it does; one that ends alone is gone at once.
 
     At a usual end JAX waits for all processes, and would wait for those that this one's error has ended.
     """
     if not _alone.is_set():
         return code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if jax.process_index() == 0:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if jax.process_count() > 1 and jax.process_index() == 0:
         time.sleep(_LINGER)  # it holds the store from which the others read its last words
     os._exit(code)
 
