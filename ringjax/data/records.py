@@ -215,10 +215,10 @@ def _read_meta(folder: Path) -> tuple[dict, list[Shard]]:
     except (ValueError, KeyError, TypeError):
         sound = False
     if not sound:
-        raise ValueError(f"{path} is no description of a data set in format {FORMAT}; make the data set again")
+        raise DataError(f"{path} is no description of a data set in format {FORMAT}; make the data set again")
     outside = [shard.file for shard in shards if Path(shard.file).name != shard.file or shard.examples < 0]
     if outside:
-        raise ValueError(f"{path}: shard {outside[0]!r} is not a file of the folder; make the data set again")
+        raise DataError(f"{path}: shard {outside[0]!r} is not a file of the folder; make the data set again")
     if sum(shard.examples for shard in shards) == 0:
         raise ValueError(f"data set {folder} has no examples")
     return meta, shards

@@ -71,7 +71,7 @@ def all_damaged(lab: Lab, rng: random.Random, folder: Path) -> Outcome:
 KINDS = [
     Kind(
         "checkpoint_damaged", "each file of the newest checkpoint cut, flipped, emptied, lengthened, removed",
-        checkpoint_damaged, 100, 10,
+        checkpoint_damaged, 100, 5,
     ),
     Kind("all_damaged", "a file of every checkpoint damaged, then all of them put back", all_damaged, 4, 1),
 ]  # fmt: skip

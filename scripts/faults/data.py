@@ -95,7 +95,7 @@ def metrics(lab: Lab, rng: random.Random, folder: Path) -> Outcome:
 
 
 KINDS = [
-    Kind("shard", "a file of the data set missing, cut, garbled or too long", shard, 36, 4),
+    Kind("shard", "a file of the data set missing, cut, garbled or too long", shard, 36, 2),
     Kind("data_changed", "another data set at the same place", changed, 8, 1),
-    Kind("metrics", "metrics.jsonl with cut, doubled or garbage lines", metrics, 15, 2),
+    Kind("metrics", "metrics.jsonl with cut, doubled or garbage lines", metrics, 15, 1),
 ]

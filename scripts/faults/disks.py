@@ -168,7 +168,7 @@ def tokenize_full(lab: Lab, rng: random.Random, folder: Path) -> Outcome:
 
 
 KINDS = [
-    Kind("disk_full", "a file system of 40 kB to 2.5 MB fills in training", disk_full, 25, 2),
+    Kind("disk_full", "a file system of 40 kB to 2.5 MB fills in training", disk_full, 25, 1),
     Kind("file_limit", "`ulimit -f` of 0 to 30 kB", file_limit, 8, 1),
     Kind("disk_readonly", "a disk turns read-only, before or in training", disk_readonly, 10, 1),
     Kind("disk_slow", "each checkpoint takes up to 0.6 s, half with SIGTERM", disk_slow, 8, 1),
