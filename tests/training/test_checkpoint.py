@@ -3,6 +3,8 @@
 import errno
 import json
 import subprocess
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringjax.training import checkpoint as ckpt
-from ringjax.training.checkpoint import CheckpointError, CheckpointStore, last_whole, load_arrays
+from ringjax.training import peers
+from ringjax.training.checkpoint import CheckpointError, CheckpointStore, DiskError, last_whole, load_arrays
 from ringjax.training.config import CheckpointConfig
 from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest
 from ringjax.training.mesh import make_mesh
@@ -127,6 +130,28 @@ def test_no_space_left_is_said_and_the_last_whole_one_stays(tmp_path, monkeypatc
         store.wait()
     assert last_whole(store.folder)[1]["step"] == 1
     assert not list(store.folder.glob("step_00000002*"))  # what was half written no longer fills the disk
+
+
+def test_a_save_that_hangs_is_given_up_and_no_longer_waited_for(tmp_path, monkeypatch):
+    hangs, alone = threading.Event(), threading.Event()
+    monkeypatch.setattr(peers, "_alone", alone)
+    monkeypatch.setattr(ckpt, "write_manifest", lambda *_: hangs.wait(60))
+    monkeypatch.setattr(ckpt, "SAVE_SECONDS", 0.2)
+    store = store_of(tmp_path)
+    store.save(1, arrays(1), {"step": 1})
+    with pytest.raises(DiskError, match="has not ended for .* does its disk answer"):
+        store.wait()
+    assert alone.is_set()  # the process may not wait for its threads
+    store.wait()
+    hangs.set()
+
+
+def test_the_wall_clock_may_jump_during_a_save(tmp_path, monkeypatch):
+    real, calls = time.time, iter(range(10**9))
+    monkeypatch.setattr(time, "time", lambda: real() + 86400.0 * (next(calls) > 3))
+    store = store_of(tmp_path)
+    save_steps(store, [1, 2])
+    assert last_whole(store.folder)[1]["step"] == 2
 
 
 def test_a_full_disk_for_real(tmp_path):
