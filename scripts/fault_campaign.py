@@ -1,6 +1,6 @@
 """Faults, tried by the hundred: kills, full disks, lost processes, damaged files, and what is lost (nothing).
 
-python scripts/fault_campaign.py --folder /tmp/faults                    all kinds, about 400 runs
+python scripts/fault_campaign.py --folder /tmp/faults                    all kinds, about 350 runs
 python scripts/fault_campaign.py --folder /tmp/faults --only kill_save --runs 100
 python scripts/fault_campaign.py --folder /tmp/faults --short            a few of each kind, for CI
 python scripts/fault_campaign.py --folder /tmp/faults --table            the table of what was done so far

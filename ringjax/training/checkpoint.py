@@ -64,9 +64,13 @@ def _orbax():
 
 
 def _start_saving(path: Path, named: dict[str, Any]):
-    """Orbax's own limit is by the wall clock, which may jump in the meantime: a save that hangs is found by ours."""
+    """Orbax's own limits are by the wall clock, which may jump in the meantime: a save that hangs is found by ours.
+
+    Making folders in another thread is waited for with a limit that cannot be set, so it is not asked for.
+    """
     ocp = _orbax()
-    with ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=14 * 86400)):
+    options = ocp.options.AsyncOptions(timeout_secs=14 * 86400, create_directories_asynchronously=False)
+    with ocp.Context(async_options=options):
         return ocp.save_checkpointables_async(path, named)
 
 

@@ -195,11 +195,11 @@ def sigint(lab: Lab, rng: random.Random, folder: Path) -> Outcome:
 
 
 KINDS = [
-    Kind("kill_training", "`kill -9` at a random instant of training", kill_training, 30, 1),
-    Kind("kill_save", "`kill -9` at a random instant of an asynchronous save", kill_save, 25, 1),
-    Kind("kill_restore", "`kill -9` at a random instant of going on from a checkpoint", kill_restore, 18, 1),
+    Kind("kill_training", "`kill -9` at a random instant of training", kill_training, 24, 1),
+    Kind("kill_save", "`kill -9` at a random instant of an asynchronous save", kill_save, 20, 1),
+    Kind("kill_restore", "`kill -9` at a random instant of going on from a checkpoint", kill_restore, 14, 1),
     Kind("kill_tokenize", "`kill -9` of `ringjax tokenize`, half of them over an older set", kill_tokenize, 10, 1),
-    Kind("kill_evaluation", "`kill -9` of `ringjax eval`, some with a cut last line", kill_evaluation, 10, 0),
-    Kind("sigterm", "SIGTERM at a random step", sigterm, 12, 1),
+    Kind("kill_evaluation", "`kill -9` of `ringjax eval`, some with a cut last line", kill_evaluation, 6, 0),
+    Kind("sigterm", "SIGTERM at a random step", sigterm, 10, 1),
     Kind("sigint", "SIGINT (Ctrl-C) at a random step", sigint, 3, 0),
 ]

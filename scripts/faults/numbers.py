@@ -124,8 +124,8 @@ def diverges(lab: Lab, rng: random.Random, folder: Path) -> Outcome:
 KINDS = [
     Kind("clock", "the wall clock jumps by up to ten days at a random instant; files dated by years off", clock, 12, 1),
     Kind("memory", "RESOURCE_EXHAUSTED at a random step", memory, 6, 1),
-    Kind("memory_limit", "a step too large for `ulimit -v`", memory_limit, 3, 0),
+    Kind("memory_limit", "a step too large for `ulimit -v`", memory_limit, 2, 0),
     Kind("nan", "parameters become NaN at a random step", nan, 8, 1),
     Kind("spike", "parameters grow thirtyfold at a random step", spike, 5, 1),
-    Kind("diverges", "a learning rate of 10⁴ to 10¹²", diverges, 4, 0),
+    Kind("diverges", "a learning rate of 10⁴ to 10¹²", diverges, 3, 0),
 ]

@@ -112,8 +112,8 @@ def peers_terminated(lab: Lab, rng: random.Random, folder: Path) -> Outcome:
 
 
 KINDS = [
-    Kind("peer_killed", "`kill -9` of one of two processes", peer_killed, 6, 1),
-    Kind("peer_frozen", "SIGSTOP of one of two processes", peer_frozen, 6, 0),
-    Kind("peer_fails", "one of two processes fails by itself (its disk)", peer_fails, 3, 0),
-    Kind("peers_terminated", "SIGTERM to one of two processes", peers_terminated, 3, 0),
+    Kind("peer_killed", "`kill -9` of one of two processes", peer_killed, 4, 1),
+    Kind("peer_frozen", "SIGSTOP of one of two processes", peer_frozen, 4, 0),
+    Kind("peer_fails", "one of two processes fails by itself (its disk)", peer_fails, 2, 0),
+    Kind("peers_terminated", "SIGTERM to one of two processes", peers_terminated, 2, 0),
 ]

@@ -147,8 +147,8 @@ def test_a_save_that_hangs_is_given_up_and_no_longer_waited_for(tmp_path, monkey
 
 
 def test_the_wall_clock_may_jump_during_a_save(tmp_path, monkeypatch):
-    real, calls = time.time, iter(range(10**9))
-    monkeypatch.setattr(time, "time", lambda: real() + 86400.0 * (next(calls) > 3))
+    real, looks = time.time, iter(range(10**9))
+    monkeypatch.setattr(time, "time", lambda: real() + 1800.0 * next(looks))  # half an hour at every look
     store = store_of(tmp_path)
     save_steps(store, [1, 2])
     assert last_whole(store.folder)[1]["step"] == 2
