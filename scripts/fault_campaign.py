@@ -24,6 +24,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ.pop("XLA_FLAGS", None)
 
+SIGNALS = "sigterm", "sigint", "disk_slow", "peers_terminated"
+"""Kinds whose fault is a signal; any other's is meant for the campaign."""
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -121,6 +124,9 @@ def one(lab, kind, number: int, seed: int, runs: Path) -> dict:
         outcome |= {"ok": True, "happened": found.happened, "detail": found.detail, "lost": found.lost}
         shutil.rmtree(folder)
     except (Failed, OSError) as error:
+        signalled = "SIGINT at step" in str(error) or "SIGTERM at step" in str(error)
+        if signalled and kind.name not in SIGNALS:
+            raise KeyboardInterrupt from None  # it was for the campaign, and a run in this process took it
         outcome |= {"ok": False, "happened": f"{type(error).__name__}: {error}", "detail": "", "lost": "see happened"}
     return outcome | {"seconds": round(time.monotonic() - begun, 2)}
 

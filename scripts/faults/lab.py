@@ -105,9 +105,8 @@ class Lab:
         self.config.write_text(CONFIG.replace("LAB", str(self.folder)))
         write_text(self.text, 160, seed=1)
         write_text(self.folder / "heldout.jsonl", 20, seed=2)
-        if not (self.data / "meta.json").exists():
-            command = ["tokenize", str(self.text), *self.tokenize_options(self.data), "--workers", "0"]
-            main(*command).require(0)
+        shutil.rmtree(self.data, ignore_errors=True)  # a campaign that was killed may have left it damaged
+        main("tokenize", str(self.text), *self.tokenize_options(self.data), "--workers", "0").require(0)
         if not (self.reference / "done").exists():
             shutil.rmtree(self.reference, ignore_errors=True)
             self.train(self.reference).require(0)
