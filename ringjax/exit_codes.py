@@ -38,7 +38,6 @@ def code_of(error: BaseException) -> ExitCode:
     from ringjax.cli_options import UsageError
     from ringjax.data.errors import DataError
     from ringjax.training.out_of_memory import OutOfMemory, is_out_of_memory
-    from ringjax.training.peers import PeerLost
     from ringjax.training.stops import BadLoss, Preempted
     from ringjax.training.tasks import DataRefused
     from ringjax.training.yaml_tree import ConfigError
@@ -47,7 +46,6 @@ def code_of(error: BaseException) -> ExitCode:
         (KeyboardInterrupt, ExitCode.INTERRUPTED),
         (Preempted, ExitCode.PREEMPTED),
         (BadLoss, ExitCode.DIVERGED),
-        (PeerLost, ExitCode.PEER_LOST),
         (OutOfMemory, ExitCode.MEMORY),
         ((DataError, DataRefused), ExitCode.DATA),
         ((UsageError, ConfigError, NotImplementedError), ExitCode.REFUSED),

@@ -13,7 +13,6 @@ from ringjax.data.errors import DataError, MissingShard
 from ringjax.exit_codes import ExitCode, code_of
 from ringjax.training.checkpoint import CheckpointError, DiskError
 from ringjax.training.out_of_memory import OutOfMemory
-from ringjax.training.peers import PeerLost
 from ringjax.training.stops import BadLoss, Preempted
 from ringjax.training.tasks import DataRefused
 from ringjax.training.yaml_tree import ConfigError
@@ -36,7 +35,6 @@ def caused(error, cause):
         (DataError("garbled"), 65),
         (MissingShard("shard 0 is missing"), 65),
         (DataRefused("cut"), 65),
-        (PeerLost("process 1"), 69),
         (OutOfMemory("too large"), 71),
         (MemoryError(), 71),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes"), 71),

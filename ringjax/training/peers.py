@@ -36,10 +36,6 @@ _OF_COLLECTIVES = (
 )
 
 
-class PeerLost(RuntimeError):
-    """Another process of the run is gone or frozen; the message names it."""
-
-
 class Judge:
     """Which process has been silent for too long, from counters that should grow. Knows no clock but `now`."""
 

@@ -1,6 +1,7 @@
 """Which process is lost: the judgement, and its way through the store; `scripts/fault_campaign.py` kills real ones."""
 
 import threading
+import time
 
 import jax
 import pytest
@@ -73,6 +74,18 @@ def test_a_process_that_ended_in_order_is_not_lost(monkeypatch):
     first._patience = 0.0
     watch(store, 1, 2)._put("ended/1", "")
     assert first._judged(Judge(0.0, 0.0)) is None
+
+
+def test_process_0_whose_store_answers_and_whose_counter_stands_still_is_frozen():
+    store = Store()
+    second = watch(store, 1, 2)
+    store.found["ringjax/peers/alive/0"] = "7"
+    judge = Judge(patience=0.05, now=time.monotonic())
+    assert second._verdict(judge) is None
+    time.sleep(0.1)
+    assert second._verdict(judge)[0] == 0 and "frozen" in second._verdict(judge)[1]
+    store.found["ringjax/peers/alive/0"] = "8"
+    assert second._verdict(judge) is None
 
 
 def test_an_answer_that_does_not_come_is_process_0_lost(capsys):
