@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import threading
 import time
@@ -16,7 +17,7 @@ from ringjax.training import checkpoint as ckpt
 from ringjax.training import peers
 from ringjax.training.checkpoint import CheckpointError, CheckpointStore, DiskError, last_whole, load_arrays
 from ringjax.training.config import CheckpointConfig
-from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest
+from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest, write_manifest
 from ringjax.training.mesh import make_mesh
 
 SIZE = 4096
@@ -106,6 +107,28 @@ def test_a_kill_before_the_manifest_leaves_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(ckpt, "write_manifest", lambda *_: None)
     save_steps(store, [2])
     assert last_whole(store.folder, say=lambda _: None)[1]["step"] == 1
+
+
+def test_everything_is_on_the_disk_before_the_manifest_is_there(tmp_path, monkeypatch):
+    folder = tmp_path / "step_00000001"
+    (folder / "params").mkdir(parents=True)
+    (folder / "a").write_text("1")
+    (folder / "params" / "b").write_text("2")
+    synced, real, replace = [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    def renamed(source, target):
+        wanted = folder / "a", folder / "params" / "b", folder / "params", folder, tmp_path, folder / (NAME + ".tmp")
+        assert {str(path) for path in wanted} == set(synced)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_manifest(folder, {"step": 1})
+    assert synced[-1] == str(folder) and read_manifest(folder)["step"] == 1
 
 
 def test_a_manifest_of_another_format_is_refused(tmp_path):
