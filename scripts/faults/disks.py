@@ -49,7 +49,7 @@ def disk_full(lab: Lab, rng: random.Random, folder: Path) -> Outcome:
     place = folder / "disk"
     with _small_disk(place, rng.randint(40, 2500)) as mounted:
         if not mounted:
-            return file_limit(lab, rng, folder)
+            return _without_mounts(lab, rng, folder)
         run = place / "run"
         ended = lab.train(run, "--checkpoint.every", "1", "--checkpoint.asynchronous", rng.choice(["true", "false"]))
         if ended.code == ExitCode.FINISHED:
@@ -75,12 +75,17 @@ def file_limit(lab: Lab, rng: random.Random, folder: Path) -> Outcome:
     return Outcome("exit 74", ended.printed.splitlines()[-1][:120])
 
 
+def _without_mounts(lab: Lab, rng: random.Random, folder: Path) -> Outcome:
+    found = file_limit(lab, rng, folder)
+    return Outcome("no mounts here: `ulimit -f` in its place, exit 74", found.detail)
+
+
 def disk_readonly(lab: Lab, rng: random.Random, folder: Path) -> Outcome:
     """From the start, or from a random step on (the checkpoints' folder: a mount with open files cannot be changed)."""
     run, late = folder / "disk" / "run", rng.random() < 0.6
     with _small_disk(folder / "disk", 100_000) as mounted:
         if not mounted:
-            return file_limit(lab, rng, folder)
+            return _without_mounts(lab, rng, folder)
         if not late:
             lab.copy_half(run)
             before = whole(run)
