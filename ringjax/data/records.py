@@ -19,7 +19,7 @@ import numpy as np
 
 from ringjax.data.chunks import check_chunks
 from ringjax.data.config import DataConfig, SourceConfig
-from ringjax.data.errors import DataError
+from ringjax.data.errors import DataError, MissingShard
 from ringjax.data.example import Example, require_usable
 from ringjax.data.tokenizers import TextTokenizer
 from ringjax.inside import inside
@@ -156,7 +156,7 @@ class RecordReader:
     def _check_size(self, shard: Shard) -> None:
         path = self.folder / shard.file
         if not path.is_file():
-            raise FileNotFoundError(f"shard {path} is missing; copy the data set again")
+            raise MissingShard(f"shard {path} is missing; copy the data set again")
         size = path.stat().st_size
         if size != shard.bytes:
             what = "cut" if size < shard.bytes else "too long"
@@ -221,14 +221,14 @@ def _read_meta(folder: Path) -> tuple[dict, list[Shard]]:
     except (ValueError, KeyError, TypeError):
         sound = False
     if not sound:
-        raise ValueError(f"{path} is no description of a data set in format {FORMAT}; make the data set again")
+        raise DataError(f"{path} is no description of a data set in format {FORMAT}; make the data set again")
     for shard in shards:
         try:
             inside(folder, shard.file, levels=False)
         except ValueError as error:
-            raise ValueError(f"{path}: shard {error}; make the data set again") from None
+            raise DataError(f"{path}: shard {error}; make the data set again") from None
         if not 0 <= shard.examples <= shard.bytes:
-            raise ValueError(
+            raise DataError(
                 f"{path}: shard {shard.file!r} has {brief(shard.examples)} examples in {brief(shard.bytes)} bytes; make"
                 " the data set again"
             )

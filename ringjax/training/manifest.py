@@ -2,8 +2,11 @@
 
 A checkpoint is whole when this file is there, agrees with its own checksum, and every file it lists has the size and
 the SHA-256 written down. A kill before the last rename leaves no manifest; a cut or flipped file no longer matches it.
+Before the rename everything is on the disk (fsync): a power cut leaves no manifest of files that only memory held, so
+that an older checkpoint may be removed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -36,6 +39,7 @@ def write_manifest(folder: Path, info: dict[str, Any]) -> None:
     paths = _files(folder)
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(_digest, paths))
+        list(pool.map(_put_on_disk, [*paths, *{path.parent for path in paths}, folder.parent]))
     files = {p.relative_to(folder).as_posix(): [p.stat().st_size, d] for p, d in zip(paths, digests)}
     body = json.dumps({"format": FORMAT, **info, "files": files}, indent=1)
     text = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n" + body
@@ -45,6 +49,17 @@ def write_manifest(folder: Path, info: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / NAME)
+    _put_on_disk(folder)
+
+
+def _put_on_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some file systems (object stores, some of FUSE) know no fsync of folders.
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 import errno
 import hashlib
 import json
+import os
 import subprocess
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +15,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringjax.training import checkpoint as ckpt
-from ringjax.training.checkpoint import CheckpointError, CheckpointStore, last_whole, load_arrays
+from ringjax.training import peers
+from ringjax.training.checkpoint import CheckpointError, CheckpointStore, DiskError, last_whole, load_arrays
 from ringjax.training.config import CheckpointConfig
 from ringjax.training.load import parse_config, to_plain
-from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest
+from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest, write_manifest
 from ringjax.training.mesh import make_mesh
 
 SIZE = 4096
@@ -107,6 +111,28 @@ def test_a_kill_before_the_manifest_leaves_no_checkpoint(tmp_path, monkeypatch):
     assert last_whole(store.folder, say=lambda _: None)[1]["step"] == 1
 
 
+def test_everything_is_on_the_disk_before_the_manifest_is_there(tmp_path, monkeypatch):
+    folder = tmp_path / "step_00000001"
+    (folder / "params").mkdir(parents=True)
+    (folder / "a").write_text("1")
+    (folder / "params" / "b").write_text("2")
+    synced, real, replace = [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    def renamed(source, target):
+        wanted = folder / "a", folder / "params" / "b", folder / "params", folder, tmp_path, folder / (NAME + ".tmp")
+        assert {str(path) for path in wanted} == set(synced)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_manifest(folder, {"step": 1})
+    assert synced[-1] == str(folder) and read_manifest(folder)["step"] == 1
+
+
 def test_a_manifest_of_another_format_is_refused(tmp_path):
     import hashlib
 
@@ -129,6 +155,28 @@ def test_no_space_left_is_said_and_the_last_whole_one_stays(tmp_path, monkeypatc
         store.wait()
     assert last_whole(store.folder)[1]["step"] == 1
     assert not list(store.folder.glob("step_00000002*"))  # what was half written no longer fills the disk
+
+
+def test_a_save_that_hangs_is_given_up_and_no_longer_waited_for(tmp_path, monkeypatch):
+    hangs, alone = threading.Event(), threading.Event()
+    monkeypatch.setattr(peers, "_alone", alone)
+    monkeypatch.setattr(ckpt, "write_manifest", lambda *_: hangs.wait(60))
+    monkeypatch.setattr(ckpt, "SAVE_SECONDS", 0.2)
+    store = store_of(tmp_path)
+    store.save(1, arrays(1), {"step": 1})
+    with pytest.raises(DiskError, match="has not ended for .* does its disk answer"):
+        store.wait()
+    assert alone.is_set()  # the process may not wait for its threads
+    store.wait()
+    hangs.set()
+
+
+def test_the_wall_clock_may_jump_during_a_save(tmp_path, monkeypatch):
+    real, looks = time.time, iter(range(10**9))
+    monkeypatch.setattr(time, "time", lambda: real() + 1800.0 * next(looks))  # half an hour at every look
+    store = store_of(tmp_path)
+    save_steps(store, [1, 2])
+    assert last_whole(store.folder)[1]["step"] == 2
 
 
 def test_a_full_disk_for_real(tmp_path):
