@@ -281,7 +281,11 @@ def _eval(arguments: list[str]) -> int:
     if len(positional) != 1:
         found = " ".join(positional) or "none"
         raise UsageError(f"ringjax eval {name} takes one MODEL before its options, not {found}")
-    print(run_eval(read_lists(kind, [("model", positional), *pairs])))
+    said = run_eval(read_lists(kind, [("model", positional), *pairs]))
+    from ringjax.training.distributed import is_main
+
+    if is_main():
+        print(said)
     return OK
 
 

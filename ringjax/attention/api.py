@@ -73,6 +73,7 @@ def ring_attention(
     return_lse: bool = False,
     strategy: str = "ring",
     ulysses_size: int | None = None,
+    host_size: int | None = None,
     unroll: bool | None = None,
 ) -> Attention:
     """Exact attention over a sequence sharded along `axis_name`; call it inside `jax.shard_map`.
@@ -80,9 +81,10 @@ def ring_attention(
     q, k and v are this device's shards, in the order of `layout` ('contiguous', 'striped' or 'zigzag'), and
     `reach` is the reach of this device's queries, in global indices. The rest is as in `attention`.
 
-    `strategy` is 'ring', 'all_gather', 'ulysses' or 'hybrid' (`ulysses_size` neighbours trade heads, K and V
-    go around between such groups). `unroll` says whether the hops are unrolled or a `lax.scan`
-    (None: unrolled up to 4).
+    `strategy` is 'ring', 'two_level' (K and V go around inside a host, and from host to host meanwhile),
+    'all_gather', 'ulysses' or 'hybrid' (`ulysses_size` neighbours trade heads, K and V go around between such
+    groups). `host_size` says how many neighbours share a host's fast links, for 'two_level' and 'hybrid' (None: the
+    devices of a process). `unroll` says whether a ring's hops are unrolled or a `lax.scan` (None: unrolled up to 4).
 
     Ring Attention, arXiv:2310.01889; Striped Attention, arXiv:2311.09431.
     """
@@ -95,12 +97,13 @@ def ring_attention(
     order.validate(length * ring_size, ring_size)
     index = order.slots(lax.axis_index(axis_name), ring_size, length)
     reach, mask = _reach(reach, causal, window, index, length * ring_size, q)
-    width = strategies.width(strategy, ulysses_size, q.shape[2], k.shape[2], ring_size)
+    width = strategies.width(strategy, ulysses_size, q.shape[2], k.shape[2], ring_size, host_size)
     ring = Ring.of(
         order, axis_name, ring_size // width, length=length, width=width, unroll=unroll,
         max_behind=reach.max_behind, max_ahead=reach.max_ahead, mask=mask,
     )  # fmt: skip
-    return _attend(strategies.get(strategy, ring), backend, scale, softcap, q, k, v, reach, index, return_lse)
+    chosen = strategies.get(strategy, ring, host_size, unroll)
+    return _attend(chosen, backend, scale, softcap, q, k, v, reach, index, return_lse)
 
 
 def sharded_attention(
@@ -119,6 +122,7 @@ def sharded_attention(
     backend: str = "auto",
     return_lse: bool = False,
     ulysses_size: int | None = None,
+    host_size: int | None = None,
     unroll: bool | None = None,
 ) -> Attention:
     """Exact attention on global arrays in layout order, sharded over `mesh`.
@@ -135,13 +139,15 @@ def sharded_attention(
         reach.validate(*q.shape[:2])
     options = dict(causal=causal, window=window, scale=scale, softcap=softcap, backend=backend, return_lse=return_lse)
     return _sharded(
-        q, k, v, reach, mesh=mesh, layout=order, strategy=strategy, ulysses_size=ulysses_size, unroll=unroll,
-        options=tuple(options.items()),
+        q, k, v, reach, mesh=mesh, layout=order, strategy=strategy, ulysses_size=ulysses_size, host_size=host_size,
+        unroll=unroll, options=tuple(options.items()),
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "layout", "strategy", "ulysses_size", "unroll", "options"))
-def _sharded(q, k, v, reach, *, mesh, layout, strategy, ulysses_size, unroll, options) -> Attention:
+@functools.partial(
+    jax.jit, static_argnames=("mesh", "layout", "strategy", "ulysses_size", "host_size", "unroll", "options")
+)
+def _sharded(q, k, v, reach, *, mesh, layout, strategy, ulysses_size, host_size, unroll, options) -> Attention:
     """The `shard_map`, compiled once for each kind of call also where the caller does not use `jax.jit`."""
     options = dict(options)
     batch = tuple(axis for axis in ("dp", "fsdp") if axis in mesh.shape) or None
@@ -154,7 +160,7 @@ def _sharded(q, k, v, reach, *, mesh, layout, strategy, ulysses_size, unroll, op
             return attention(q, k, v, reach=reach, **options)
         return ring_attention(
             q, k, v, reach=reach, axis_name=sequence, layout=layout, strategy=strategy,
-            ulysses_size=ulysses_size, unroll=unroll, **options,
+            ulysses_size=ulysses_size, host_size=host_size, unroll=unroll, **options,
         )  # fmt: skip
 
     in_specs = (queries, queries, queries, jax.tree.map(lambda _: rows, reach))

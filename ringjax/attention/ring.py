@@ -79,8 +79,11 @@ class Ring:
         unroll = unroll or offsets != list(range(len(offsets)))
         return cls(layout, axis_name, size, tuple(offsets), width, unroll, mask)
 
-    def forward(self, kernels: Kernels, score: Score, q, k, v, start, stop) -> Partial:
-        """Attention of the local queries over the global interval `start … stop − 1` of each; out in q's type.
+    def forward(
+        self, kernels: Kernels, score: Score, q, k, v, start, stop, *, partial: Partial | None = None, dtype=None
+    ) -> Partial:
+        """Attention of the local queries over the global interval `start … stop − 1` of each, merged with `partial`
+        (None: nothing yet); out in `dtype` (None: q's).
 
         q `[B, T, N, H]`, k `[B, S, K, H]`, v `[B, S, K, Hv]`, start and stop int32 `[B, T]`: the local shards.
         """
@@ -99,14 +102,18 @@ class Ring:
             partial, arriving = attend(visiting, partial, offset, dtype, self._rotate(visiting, step))
             return arriving, partial
 
-        carry = wire.pack(k, v), None
-        if last > 0 and not self.unroll:
-            carry = wire.pack(k, v), varying_like(empty(*q.shape[:3], v.shape[-1], wide), q, k, v, start, stop)
-        visiting, partial = self._hops(move_and_attend, carry, 0, last)
-        return attend(visiting, partial, self.offsets[last], q.dtype)[0]
+        if partial is not None:
+            partial = Partial(partial.out.astype(wide), partial.lse)
+        elif last > 0 and not self.unroll:
+            partial = varying_like(empty(*q.shape[:3], v.shape[-1], wide), q, k, v, start, stop)
+        visiting, partial = self._hops(move_and_attend, (wire.pack(k, v), partial), 0, last)
+        return attend(visiting, partial, self.offsets[last], dtype or q.dtype)[0]
 
-    def backward(self, kernels: Kernels, score: Score, q, k, v, out, lse, dout, delta, start, stop) -> Gradients:
-        """Gradients of the local q (in its type), k and v (float32), from the local queries' merged out and lse."""
+    def backward(
+        self, kernels: Kernels, score: Score, q, k, v, out, lse, dout, delta, start, stop, *, dq=None, dtype=None
+    ) -> Gradients:
+        """Gradients of the local q (in `dtype`, None: its own), k and v (float32), from the local queries' merged out
+        and lse; that of q is added to `dq` (None: nothing yet)."""
         wire, wide = Wire.of(k, v), accumulator(q, k, v)
         last = len(self.offsets) - 1
         mask = self._mask(kernels, q, k, start, stop)
@@ -117,7 +124,7 @@ class Ring:
             return hop.backward(cases, kernels, score, dq, *inputs, *slots, dtype, arriving)
 
         if last == 0:
-            return attend(wire.pack(k, v), None, self.offsets[0], q.dtype)[0]
+            return attend(wire.pack(k, v), dq, self.offsets[0], dtype or q.dtype)[0]
 
         def add(summed, grads):
             here = wire.pack(grads.dk, grads.dv)
@@ -135,10 +142,10 @@ class Ring:
             return arriving, grads.dq, add(summed, grads)
 
         own, first = wire.pack(k, v), self.offsets[0]
-        visiting, dq = self._rotate(own, self._step(0)), None
+        visiting = self._rotate(own, self._step(0))
         apart = mask.cases(first, forward=False).branches == (INTERVAL,) and kernels.interval.separate
         if apart:  # the compiler drops the pass whose results are not used
-            visiting, dq = _finish((visiting, attend(own, None, first, None if self.unroll else wide)[0].dq))
+            visiting, dq = _finish((visiting, attend(own, dq, first, None if self.unroll else wide)[0].dq))
         carry = visiting, dq, None
         if last > 1:
             carry = _finish(visit(carry, self.offsets[1], self._step(1), None))
@@ -148,9 +155,9 @@ class Ring:
             dq, summed, dout = _finish((dq, summed, dout))
         # The sums are on their way home while the device attends to its own keys.
         summed = self._rotate(summed, -self.offsets[last])
-        grads, summed = attend(own, None if apart else dq, first, q.dtype, summed, dout)
+        grads, summed = attend(own, None if apart else dq, first, dtype or q.dtype, summed, dout)
         dk, dv = wire.unpack(add(summed, grads))
-        return Gradients(dq.astype(q.dtype) if apart else grads.dq, dk, dv)
+        return Gradients(dq.astype(dtype or q.dtype) if apart else grads.dq, dk, dv)
 
     def _hops(self, visit: Callable, carry, first: int, last: int):
         """`visit(carry, offset, step to the next offset, step from the one before)` for the hops first … last − 1."""
@@ -186,6 +193,18 @@ class Ring:
     def _group(self):
         return 0 if self.size == 1 else lax.axis_index(self.axis_name) // self.width
 
+    def _source(self, group, offset):
+        """The group whose K and V visit `group` in the hop at `offset`."""
+        return (group - offset) % self.size
+
+    def _is_own(self, offset) -> bool:
+        """Whether the hop at `offset` is known to be the one in which every group attends to its own K and V."""
+        return isinstance(offset, int) and offset == 0
+
+    def _is_other(self, offset) -> bool:
+        """Whether it is known not to be."""
+        return isinstance(offset, int) and offset != 0
+
     def _rotate(self, x, step: int):
         """What group g holds goes to group g + step."""
         devices = self.size * self.width
@@ -208,7 +227,7 @@ class Mask:
     def cases(self, offset, *, forward: bool) -> Cases:
         """What the hop at `offset` (a number, or traced) may be."""
         group, source = self._groups(offset)
-        own = isinstance(offset, int) and offset == 0
+        own = self.ring._is_own(offset)
         if self._intervals_only(own, forward):
             return Cases((INTERVAL,))
         known, which = [], 0
@@ -216,9 +235,9 @@ class Mask:
             earlier, itself, later = (self._case(pattern, forward) for pattern in self.patterns)
             if own:
                 known = [itself]
-            elif isinstance(offset, int):
+            elif self.ring._is_other(offset):
                 known, which = [earlier, later], source > group
-            else:  # inside a scan
+            else:  # inside a scan: it may be either
                 known, which = [earlier, itself, later], 1 + jnp.sign(source - group)
         if self._static and known:
             return Cases.of(known, which)
@@ -270,7 +289,7 @@ class Mask:
 
     def _groups(self, offset):
         group = self.ring._group()
-        return group, (group - offset) % self.ring.size
+        return group, self.ring._source(group, offset)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,12 @@ from jaxtyping import Array
 from ringjax.attention.kernels.base import Gradients, Kernels, Score
 from ringjax.attention.merge import Partial
 from ringjax.attention.ring import Ring
+from ringjax.attention.two_level import TwoLevel
 from ringjax.attention.vjp import Strategy
 
-STRATEGIES = ("ring", "all_gather", "ulysses", "hybrid")
+STRATEGIES = ("ring", "two_level", "all_gather", "ulysses", "hybrid")
+# Those that treat the devices of a host unlike others.
+BY_HOST = ("two_level", "hybrid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,21 +115,62 @@ def check_name(strategy: str) -> None:
         raise ValueError(f"unknown strategy {strategy!r}; the strategies are {', '.join(map(repr, STRATEGIES))}")
 
 
-def get(strategy: str, ring: Ring) -> Strategy:
-    """The strategy called `strategy`, over `ring`."""
+def check_host_size(strategy: str, host_size: int | None) -> None:
+    """Raises ValueError for a `host_size` that is no number of devices, or that the strategy has no use for."""
+    if host_size is None:
+        return
+    if strategy not in BY_HOST:
+        raise ValueError(
+            f"host_size {host_size} means nothing to strategy {strategy!r}; leave it out, or use 'two_level', 'hybrid'"
+        )
+    if isinstance(host_size, bool) or not isinstance(host_size, int) or host_size < 1:
+        raise ValueError(f"host_size {host_size!r} must be a number of devices, at least 1")
+
+
+def get(strategy: str, ring: Ring, host_size: int | None = None, unroll: bool | None = None) -> Strategy:
+    """The strategy called `strategy`, over `ring`; `host_size` and `unroll` as in `ring_attention`."""
     check_name(strategy)
     if strategy == "ring":
         return ring
+    if strategy == "two_level":
+        return TwoLevel.of(ring, _inside(host_size, ring.size), unroll)
     return AllGather(ring) if strategy == "all_gather" else Ulysses(ring)
 
 
-def width(strategy: str, ulysses_size: int | None, heads: int, kv_heads: int, devices: int) -> int:
+def _inside(host_size: int | None, devices: int) -> int:
+    """Neighbours in the ring with fast links between them."""
+    inside = min(devices, _host_size("two_level", host_size))
+    if devices % inside:
+        raise ValueError(
+            f"a ring of {devices} devices cannot be cut into hosts of {inside}; give a host_size that divides"
+            f" {devices}, or use strategy 'ring'"
+        )
+    return inside
+
+
+def _host_size(strategy: str, host_size: int | None) -> int:
+    if host_size is not None:
+        return host_size
+    if jax.local_device_count() == 1 < jax.process_count():
+        raise ValueError(
+            f"strategy {strategy!r} goes by hosts, and each process has one device: say how many devices share a host"
+            " with host_size (mesh.host_size), or use 'ring'"
+        )
+    return jax.local_device_count()
+
+
+def width(
+    strategy: str, ulysses_size: int | None, heads: int, kv_heads: int, devices: int, host_size: int | None = None
+) -> int:
     """How many neighbouring devices trade heads for sequence: 1 without Ulysses.
 
-    'hybrid' without a `ulysses_size` takes the largest that fits, at most the devices of this host. Raises
-    ValueError for a size that means nothing, NotImplementedError where the heads cannot be split.
+    'hybrid' without a `ulysses_size` takes the largest that fits, at most `host_size` (None: the devices of this
+    process). Raises ValueError for a size that means nothing, NotImplementedError where the heads cannot be split.
     """
-    if strategy in ("ring", "all_gather"):
+    check_host_size(strategy, host_size)
+    if None not in (ulysses_size, host_size):
+        raise ValueError(f"ulysses_size {ulysses_size} and host_size {host_size} both say how devices group; give one")
+    if strategy in ("ring", "two_level", "all_gather"):
         if ulysses_size is not None:
             raise ValueError(f"ulysses_size {ulysses_size} means nothing to strategy {strategy!r}; use 'hybrid'")
         return 1
@@ -135,12 +179,12 @@ def width(strategy: str, ulysses_size: int | None, heads: int, kv_heads: int, de
             raise ValueError(f"ulysses_size {ulysses_size} with strategy 'ulysses' on {devices} devices; use 'hybrid'")
         size = devices
     elif ulysses_size is None:
-        size = _widest(heads, kv_heads, devices, most=jax.local_device_count())
+        size = widest(heads, kv_heads, devices, most=_host_size(strategy, host_size))
     elif ulysses_size < 1 or devices % ulysses_size:
         raise ValueError(f"ulysses_size {ulysses_size} does not divide the {devices} devices of the ring")
     else:
         size = ulysses_size
-    if not _splits(heads, kv_heads, size):
+    if not splits(heads, kv_heads, size):
         raise NotImplementedError(
             f"ulysses over {size} devices cannot split {heads} query and {kv_heads} key/value heads a device evenly; "
             "use strategy='ring', or 'hybrid' with a ulysses_size that divides both"
@@ -148,10 +192,12 @@ def width(strategy: str, ulysses_size: int | None, heads: int, kv_heads: int, de
     return size
 
 
-def _splits(heads: int, kv_heads: int, size: int) -> bool:
+def splits(heads: int, kv_heads: int, size: int) -> bool:
+    """Whether Ulysses over `size` devices can share so many query and key/value heads out evenly."""
     return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 
 
-def _widest(heads: int, kv_heads: int, devices: int, most: int) -> int:
+def widest(heads: int, kv_heads: int, devices: int, most: int) -> int:
+    """The largest group of at most `most` devices that divides `devices` and the heads."""
     sizes = range(min(devices, most), 0, -1)
-    return next(size for size in sizes if devices % size == 0 and _splits(heads, kv_heads, size))
+    return next(size for size in sizes if devices % size == 0 and splits(heads, kv_heads, size))

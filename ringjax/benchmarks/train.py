@@ -95,7 +95,8 @@ def run_train(run: RunConfig, config: TrainBench, say: Callable[[str], None]) ->
     """Compile, warm up and time the steps of one stage; `prepare` has been called."""
     stage = _stage(run, config.stage)
     mesh = make_mesh(mesh_shape(stage, is_simulated()))
-    parallel = Parallel(mesh, stage.mesh.layout, stage.mesh.strategy, stage.mesh.backend)
+    asked = stage.mesh
+    parallel = Parallel(mesh, asked.layout, asked.strategy, asked.backend, host_size=asked.host_size)
     training = stage.training
     trainer = make_trainer(stage.model, stage.optimizer, parallel, steps=training.steps, start=0, lora=run.lora)
     filled: list[float] = []

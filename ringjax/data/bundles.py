@@ -10,7 +10,7 @@ Lines are joined in a new random order for each of the `variants`, so that a pic
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -59,9 +59,61 @@ class Bundle:
     needle: int | None = None
 
 
+class Lines(Sequence[Line]):
+    """The lines of several files one after the other, each made when it is asked for: a corpus has more of them than
+    memory holds as objects. `files` are the number of lines of each, and which line is at a place in it."""
+
+    def __init__(self, files: Sequence[tuple[int, Callable[[int], Line]]]):
+        self._at = [at for _, at in files]
+        self._ends = np.cumsum([count for count, _ in files], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, place: int) -> Line:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        file = int(np.searchsorted(self._ends, place, side="right"))
+        return self._at[file](place - int(self._ends[file - 1] if file else 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Single(Sequence[Bundle]):
+    """Each line by itself, `variants` times."""
+
+    lines: Sequence[Line]
+    variants: int
+
+    def __len__(self) -> int:
+        return len(self.lines) * self.variants
+
+    def __getitem__(self, place: int) -> Bundle:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        line, variant = divmod(place, self.variants)
+        return Bundle((Part(self.lines[line], variant),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Portions(Sequence[tuple[Bundle, ...]]):
+    """Bundles by `size` at a time: the work of one process, and a file of the data set."""
+
+    bundles: Sequence[Bundle]
+    size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.bundles) // self.size)
+
+    def __getitem__(self, number: int) -> tuple[Bundle, ...]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        places = range(number * self.size, min((number + 1) * self.size, len(self.bundles)))
+        return tuple(self.bundles[place] for place in places)
+
+
 def plan(
     lines: Sequence[Line], *, variants: int = 1, least: int = 1, most: int = 1, join_as: JoinAs = "turns", seed: int = 0
-) -> list[Bundle]:
+) -> Sequence[Bundle]:
     """The examples of all lines: `least` to `most` lines in each, every line once in each of the `variants`.
 
     The last bundle of a variant may have fewer lines. For needles every line is the needle once in each variant.
@@ -70,7 +122,7 @@ def plan(
         ValueError: lines cannot be joined: some are whole texts, or there are too few for a needle.
     """
     if most == 1:
-        return [Bundle((Part(line, variant),)) for line in lines for variant in range(variants)]
+        return Single(lines, variants)
     texts = [line.path for line in lines if line.line_index is None]
     if texts:
         raise ValueError(f"join is for lines of .jsonl files, and {texts[0]} is one text; leave it out, or use join 1")

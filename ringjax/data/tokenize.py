@@ -8,6 +8,7 @@ like a data set.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import multiprocessing
@@ -15,12 +16,14 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from ringjax.data.bundles import Bundle, Line, plan
+import numpy as np
+
+from ringjax.data.bundles import Bundle, Line, Lines, Portions, plan
 from ringjax.data.errors import DataError
 from ringjax.data.heldout import heldout
 from ringjax.data.jsonl import JsonLines
@@ -31,6 +34,8 @@ from ringjax.data.tokenizers import load_tokenizer
 
 _log = logging.getLogger(__name__)
 SKIPPED = "skipped.txt"
+# What changes no byte of a data set.
+_IMMATERIAL = ("inputs", "output", "workers", "executor", "overwrite", "progress")
 
 
 def run_tokenize(config: TokenizeConfig) -> TokenizeReport:
@@ -53,27 +58,53 @@ def run_tokenize(config: TokenizeConfig) -> TokenizeReport:
         join_as=config.join_as, seed=config.seed,
     )  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
-    _mention_leftovers(output)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=output.parent))
-    try:
-        recipe, made_with = _recipe(config, unfinished)
-        portions = [
-            tuple(bundles[i : i + config.examples_per_shard]) for i in range(0, len(bundles), config.examples_per_shard)
-        ]
-        results = []
-        with _progress_bar(config.progress, len(bundles)) as advance:
-            for portion, result in zip(portions, _results(recipe, portions, _workers(config)), strict=True):
-                results.append(result)
-                advance(len(portion))
-        _write_meta(unfinished, results, made_with | {"inputs": inputs})
-        _put_in_place(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    portions = Portions(bundles, config.examples_per_shard)
+    recipe, made_with = _recipe(config)
+    made_with |= {"inputs": inputs}
+    make = _make_on_ray if config.executor == "ray" else _make_here
+    with _progress_bar(config.progress, len(bundles)) as advance:
+        results = make(config, output, recipe, portions, made_with, advance)
     return _report(output, results)
 
 
-def _lines(config: TokenizeConfig) -> tuple[list[Line], list[dict]]:
-    lines, inputs = [], []
+def _make_here(config: TokenizeConfig, output: Path, recipe: Recipe, portions, made_with: dict, advance) -> list:
+    _mention_leftovers(output)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=output.parent))
+    recipe = dataclasses.replace(recipe, folder=str(unfinished))
+    results = []
+    try:
+        for portion, result in zip(portions, _results(recipe, portions, _workers(config)), strict=True):
+            results.append(result)
+            advance(len(portion))
+        _write_meta(unfinished, results, made_with)
+        _put_in_place(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return results
+
+
+def _make_on_ray(config: TokenizeConfig, output: Path, recipe: Recipe, portions, made_with: dict, advance) -> list:
+    """The same on a Ray cluster; what was made stays when a run is stopped, and the same command goes on from it."""
+    from ringjax.data.tokenize_ray import ray_results, require_ray, resumable_folder, tidy
+
+    require_ray()
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _IMMATERIAL}
+    unfinished = resumable_folder(output.absolute(), settings | made_with)
+    _mention_leftovers(output, but=unfinished.name)
+    recipe = dataclasses.replace(recipe, folder=str(unfinished))
+    found: dict[int, ShardResult] = {}
+    for number, result in ray_results(recipe, portions, config.workers):
+        found[number] = result
+        advance(len(portions[number]))
+    results = [found[number] for number in range(len(portions))]
+    tidy(unfinished)
+    _write_meta(unfinished, results, made_with)
+    _put_in_place(unfinished, output)
+    return results
+
+
+def _lines(config: TokenizeConfig) -> tuple[Lines, list[dict]]:
+    files, inputs = [], []
     for name in config.inputs:
         path = Path(name)
         if path.suffix == ".txt":
@@ -81,15 +112,18 @@ def _lines(config: TokenizeConfig) -> tuple[list[Line], list[dict]]:
                 raise ValueError(f"split {config.split} is by captions, and {name} has none; tokenize it by itself")
             if not path.is_file():
                 raise FileNotFoundError(f"input {name} does not exist")
-            lines.append(Line(name, 0, path.stat().st_size, None))
+            files.append((1, functools.partial(_text, name, path.stat().st_size)))
             inputs.append({"name": path.name, "sha256": file_digest(path)})
         elif path.suffix in (".jsonl", ".ndjson", ".json"):
             rows = JsonLines(path)
-            wanted = [row for row in range(len(rows)) if _is_in_split(rows, row, config)]
-            lines += [Line(name, *rows.span(row), int(rows.line_index[row])) for row in wanted]
+            wanted = range(len(rows))
+            if config.split != "all":
+                wanted = np.array([row for row in wanted if _is_in_split(rows, row, config)], np.int64)
+            files.append((len(wanted), functools.partial(_line, name, rows, wanted)))
             inputs.append({"name": path.name, "sha256": rows.fingerprint})
         else:
             raise ValueError(f"input {name} is of no known kind; give .jsonl or .txt files")
+    lines = Lines(files)
     if not lines:
         raise ValueError(
             f"split {config.split} has no line at heldout_share {config.heldout_share}; change one of them"
@@ -97,10 +131,17 @@ def _lines(config: TokenizeConfig) -> tuple[list[Line], list[dict]]:
     return lines, inputs
 
 
+def _text(name: str, size: int, place: int) -> Line:
+    return Line(name, 0, size, None)
+
+
+def _line(name: str, rows: JsonLines, wanted: Sequence[int], place: int) -> Line:
+    row = int(wanted[place])
+    return Line(name, *rows.span(row), int(rows.line_index[row]))
+
+
 def _is_in_split(rows: JsonLines, row: int, config: TokenizeConfig) -> bool:
     """A line that cannot be read is in every split: what is wrong with it is told when its turn comes."""
-    if config.split == "all":
-        return True
     try:
         caption = rows[row].get(config.caption_key)
     except DataError:
@@ -108,7 +149,7 @@ def _is_in_split(rows: JsonLines, row: int, config: TokenizeConfig) -> bool:
     return not isinstance(caption, str) or heldout(caption, config.heldout_share) == (config.split == "heldout")
 
 
-def _recipe(config: TokenizeConfig, folder: Path) -> tuple[Recipe, dict]:
+def _recipe(config: TokenizeConfig) -> tuple[Recipe, dict]:
     """What the workers need, and what the data set says of its making. Faulty tokenizers are found here."""
     codes_per_frame, vision_codes, vision_fingerprint = config.codes_per_frame, config.vision_codes or CODES, None
     if config.vision_tokenizer is not None:
@@ -123,7 +164,7 @@ def _recipe(config: TokenizeConfig, folder: Path) -> tuple[Recipe, dict]:
     names = "separator", "add_bos", "add_eos", "max_frames", "fit", "mirror", "join_as", "caption_words"
     shared = {name: getattr(config, name) for name in names}
     recipe = Recipe(
-        folder=str(folder),
+        folder="",  # the caller knows
         fields=config.fields,
         tokenizer=config.tokenizer,
         vision_tokenizer=config.vision_tokenizer,
@@ -161,7 +202,7 @@ def _workers(config: TokenizeConfig) -> int:
     return os.cpu_count() or 1
 
 
-def _results(recipe: Recipe, portions: list[tuple[Bundle, ...]], workers: int) -> Iterator[ShardResult]:
+def _results(recipe: Recipe, portions: Sequence[tuple[Bundle, ...]], workers: int) -> Iterator[ShardResult]:
     """The result of every portion, in order."""
     workers = min(workers, len(portions))
     if workers == 0:
@@ -228,8 +269,8 @@ def _write_meta(folder: Path, results: list[ShardResult], made_with: dict) -> No
     (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def _mention_leftovers(output: Path) -> None:
-    left = sorted(output.parent.glob(f".{output.name}.unfinished-*"))
+def _mention_leftovers(output: Path, but: str = "") -> None:
+    left = [path for path in sorted(output.parent.glob(f".{output.name}.unfinished-*")) if path.name != but]
     if left:
         _log.warning(
             "%s is left from a run that was killed, or belongs to one still going; delete it in the first case", left[0]

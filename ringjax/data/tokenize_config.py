@@ -71,8 +71,11 @@ class TokenizeConfig:
     examples_per_shard: int = 512
     """Examples in a file of the data set, and in a worker's portion."""
     workers: int | None = None
-    """Processes; null: one a core, or 0 for pictures where there is an accelerator; 0: this process, which encodes
-    pictures on its default device."""
+    """Processes; null: one a core (of the cluster, on Ray), or 0 for pictures where there is an accelerator; 0: this
+    process, which encodes pictures on its default device."""
+    executor: Literal["local", "ray"] = "local"
+    """Where the processes run: on this machine, or on all machines of a Ray cluster (RAY_ADDRESS; without it one is
+    started here), with inputs and output on storage that they share. A run on Ray that was stopped goes on."""
     on_error: Literal["stop", "skip"] = "stop"
     """A line that cannot be used ends the run, or is left out, counted, and told in skipped.txt."""
     seed: int = 0
@@ -94,6 +97,8 @@ class TokenizeConfig:
                 raise ValueError(f"{name} {value} must be at least 1")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers {self.workers} must be at least 0; 0 works in this process")
+        if self.executor == "ray" and self.workers == 0:
+            raise ValueError("workers 0 works in this process, and executor ray in others; raise or leave out workers")
         for spec in (self.fields,) if isinstance(self.fields, str) else self.fields or ():
             parse(spec)
         heldout("", self.heldout_share)

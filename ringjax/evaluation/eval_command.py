@@ -23,21 +23,24 @@ from ringjax.evaluation.run_questions import check_questions, run_questions
 from ringjax.evaluation.summary import markdown, summarise
 from ringjax.evaluation.vision_command import VISION_KINDS, run_vision
 from ringjax.evaluation.vision_config import VisionConfig
+from ringjax.inference.on_mesh import join
 from ringjax.inference.text_model import TextModel
 from ringjax.inference.vocabulary import Vocabulary
+from ringjax.interop.fingerprints import file_facts
 from ringjax.interop.published import Published
 from ringjax.interop.runs import open_model
 from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
-from ringjax.training.mesh import make_mesh, simulate_devices
+from ringjax.training import distributed
+from ringjax.training.mesh import make_mesh
 
 _TEXT_KINDS = {"needle": NeedleConfig, "ruler": RulerConfig, "perplexity": PerplexityConfig}
 KINDS: Mapping[str, type[EvalConfig | VisionConfig]] = {**_TEXT_KINDS, **VISION_KINDS}
 # What may differ when an evaluation goes on: the grid can grow, and results do not depend on the mesh.
 _FREE = (
     "model", "output", "lengths", "method", "haystack", "depths", "per_cell", "per_task", "tasks", "qa", "mesh",
-    "layout", "strategy", "backend", "simulated_devices", "progress", "rows", "allow_beyond", "template", "dtype",
-    "stage", "adapter",
+    "layout", "strategy", "host_size", "backend", "simulated_devices", "progress", "rows", "allow_beyond", "template",
+    "dtype", "stage", "adapter",
 )  # fmt: skip
 
 
@@ -49,7 +52,7 @@ def run_eval(config: EvalConfig | VisionConfig) -> str:
     """
     if isinstance(config, VisionConfig):
         return run_vision(config)
-    simulate_devices(config.simulated_devices)
+    join(config, lambda: {"model": _opened(config).fingerprint, **file_facts([config.haystack, config.adapter])})
     texts = read_texts(config.haystack)
     methods = _open_model(config)
     haystack = Haystack.of(texts, methods.model.vocabulary, config.repeat_haystack)
@@ -64,12 +67,16 @@ def run_eval(config: EvalConfig | VisionConfig) -> str:
             for name in config.method:
                 methods.check(name, length)
     with Results(config.output, asked, _about(config)) as results:
-        if results.dropped:
+        if results.dropped and distributed.is_main():
             print(f"{results.path}: the last line was cut; what it held is asked again", flush=True)
         if isinstance(config, QuestionConfig):
             run_questions(task, methods, config.method, config.lengths, results, config.progress)
         else:
             run_perplexity(config, methods, haystack, results)
+    return distributed.same_on_all(lambda: _report(results, title))
+
+
+def _report(results: Results, title: str) -> str:
     files = write_report(results, title)
     return "\n".join([markdown(summarise(results.records)), "", *(str(file) for file in [results.path, *files])])
 
@@ -110,7 +117,8 @@ def _open_model(config: EvalConfig) -> Methods:
         changes["rope_theta"], context = config.rope_theta, float("inf")  # how far it carries, the user knows
     parallel = Parallel()
     if config.mesh is not None:
-        parallel = Parallel(make_mesh(config.mesh), config.layout, config.strategy, config.backend)
+        mesh = make_mesh(config.mesh)
+        parallel = Parallel(mesh, config.layout, config.strategy, config.backend, host_size=config.host_size)
     template = getattr(config, "template", None)
     template = None if template in (LWM, NONE, CHAT) else template
     options = dict(dtype=config.dtype, template=template, changes=changes)

@@ -54,8 +54,10 @@ class EvalConfig:
     """Devices along dp,fsdp,tp,sp, one of them may be -1; null: one device."""
     layout: Literal["contiguous", "striped", "zigzag"] = "striped"
     """Which token sits on which device of the ring."""
-    strategy: Literal["ring", "all_gather", "ulysses", "hybrid"] = "ring"
+    strategy: Literal["ring", "two_level", "all_gather", "ulysses", "hybrid"] = "ring"
     """How attention crosses the devices of the ring."""
+    host_size: int | None = None
+    """Devices of the ring that share a host's fast links, for two_level and hybrid; null: those of a process."""
     backend: str = "auto"
     """The attention kernel."""
     simulated_devices: int = 0
@@ -79,6 +81,7 @@ class EvalConfig:
         check_name(self.backend)
         layouts.get(self.layout)
         strategies.check_name(self.strategy)
+        strategies.check_host_size(self.strategy, self.host_size)
         if self.mesh is not None:
             check_shape(self.mesh)
 

@@ -5,6 +5,7 @@ import sys
 import time
 from typing import Literal, Self, TextIO
 
+from ringjax.training import distributed
 from ringjax.training.progress import format_duration
 
 
@@ -14,7 +15,7 @@ class EvalProgress:
     def __init__(
         self, kind: Literal["auto", "rich", "plain", "none"], total: int, done: int = 0, stream: TextIO | None = None
     ):
-        stream = stream or sys.stdout
+        stream, kind = stream or sys.stdout, kind if distributed.is_main() else "none"
         if kind == "auto":
             kind = "rich" if stream.isatty() else "plain"
         self._stream, self._total, self._done, self._before = stream if kind == "plain" else None, total, done, done

@@ -6,6 +6,7 @@
 What is shown is chosen by the seed, not by hand.
 """
 
+import functools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ringjax.evaluation.drawings import draw
 from ringjax.evaluation.heldout import HeldOut, Line
 from ringjax.evaluation.vision_config import GalleryConfig, Kind
+from ringjax.training import distributed
 
 _MARGIN, _GAP, _LINE = 10, 4, 16
 _LINES = 2
@@ -40,9 +42,8 @@ def write_gallery(config: GalleryConfig, heldout: HeldOut) -> list[str]:
     for kind, count, path in wanted:
         lines = heldout.chosen(count, kind)
         if lines:
-            path.parent.mkdir(parents=True, exist_ok=True)
             frames = [_sheet(config, cards) for cards in _by_frame(_cards(config, heldout, lines))]
-            written.append(_save(path, frames, config.fps))
+            written.append(distributed.same_on_all(functools.partial(_save, path, frames, config.fps)))
     return written
 
 
@@ -111,6 +112,7 @@ def _draw_card(sheet: Image.Image, place: tuple[int, int], card: Card, tile: int
 
 
 def _save(path: Path, frames: Sequence[Image.Image], fps: float) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".webp":
         duration, more = round(1000 / fps), list(frames[1:])
         frames[0].save(path, save_all=True, append_images=more, duration=duration, loop=0, quality=85, method=6)

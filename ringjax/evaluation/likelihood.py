@@ -26,6 +26,7 @@ from ringjax.inference.prompts import PromptBatch, append_text, batch_prompts
 from ringjax.inference.room import require_room
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
+from ringjax.training import distributed
 from ringjax.training.loss import token_nll
 
 _ONE_DEVICE = Parallel()
@@ -59,7 +60,7 @@ class Likelihood:
         shared = self._shared(_part(prompt, 0, len(prompt) - 1)) if shares else None
         first = np.int32(len(begin) - 1)
         sums = _sums(self._params, shared, inputs, targets, first, graph=self._graph, parallel=self._parallel)
-        return np.asarray(jax.device_get(sums), np.float64)[: len(answers)]
+        return distributed.fetch(sums).astype(np.float64)[: len(answers)]
 
     def _shared(self, prefix: Example) -> PromptBatch:
         parallel = self._parallel

@@ -24,6 +24,7 @@ from ringjax.evaluation.haystack import Haystack
 from ringjax.evaluation.question import Cell
 from ringjax.inference.text_model import TextModel
 from ringjax.models.parallel import Parallel
+from ringjax.training import distributed
 from ringjax.training.loss import token_nll
 
 
@@ -82,7 +83,7 @@ class Losses:
             chunk=self._chunk, parallel=self._parallel,
         )  # fmt: skip
         counts = np.stack([np.bincount(bucket[:n], minlength=self._buckets) for n in lengths[: len(rows)]])
-        return np.asarray(jax.device_get(sums), np.float64)[: len(rows)], counts
+        return distributed.fetch(sums).astype(np.float64)[: len(rows)], counts
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "buckets", "chunk", "parallel"))

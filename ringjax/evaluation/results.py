@@ -7,7 +7,9 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
+
+from ringjax.training import distributed
 
 from ringjax.json_text import brief, parse_json
 
@@ -22,28 +24,35 @@ _NUMBERS = ("depth", "score", "tokens", "seconds", "first_seconds", "cache_bytes
 class Results:
     """The records of an evaluation; those of an earlier run of the same one are there already.
 
-    A last line that was cut (a kill, a full disk) is dropped, and what it held is asked again. Raises ValueError for a
-    file of another evaluation, or one that is damaged elsewhere.
+    Of several processes the first reads and writes the file; all of them know the records. A last line that was cut
+    (a kill, a full disk) is dropped, and what it held is asked again. Raises ValueError for a file of another
+    evaluation, or one that is damaged elsewhere.
     """
 
     def __init__(self, folder: str | Path, asked: dict[str, Any], about: dict[str, Any]):
         self.path = Path(folder) / NAME
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.asked = json.loads(json.dumps(asked))  # tuples are lists once they were written
         self.records: list[dict[str, Any]] = []
         self.dropped = False
+        self._file: TextIO | None = None
+        self.records, self.dropped = distributed.same_on_all(lambda: self._open(about))
+        self._done = {_key(record) for record in self.records}
+
+    def _open(self, about: dict[str, Any]) -> list:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and self.path.stat().st_size:
             self._go_on()
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed when the evaluation ends
         if self._file.tell() == 0:
             self._write({"format": FORMAT, "asked": self.asked, "about": about})
-        self._done = {_key(record) for record in self.records}
+        return [self.records, self.dropped]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def has(self, method: str, cell: tuple) -> bool:
         """Whether this was answered."""
@@ -56,8 +65,9 @@ class Results:
         self._done.add(_key(record))
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._file.flush()
 
     def _go_on(self) -> None:
         whole, end, last = self.path.read_bytes().rpartition(b"\n")

@@ -27,6 +27,7 @@ from ringjax.evaluation.question import Question
 from ringjax.evaluation.reading import Enough, Reading, answer, force, open_session
 from ringjax.inference.text_model import TextModel
 from ringjax.models.parallel import Parallel
+from ringjax.training import distributed
 
 INDEXES = ("flat", "hnsw", "lsh")
 _ROWS = 16
@@ -142,7 +143,7 @@ class ModelEmbedding:
         for first in range(0, len(tokens), self._rows):
             rows = slice(first, first + self._rows)
             found.append(_means(self._params, tokens[rows], lengths[rows], graph=self._graph, parallel=self._parallel))
-        return np.concatenate(jax.device_get(found))[: len(chunks)]
+        return np.concatenate(distributed.fetch(found))[: len(chunks)]
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "parallel"))

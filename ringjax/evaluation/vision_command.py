@@ -26,14 +26,15 @@ from ringjax.evaluation.vision_config import (
     VisionConfig,
 )
 from ringjax.inference.trained import TrainedRun
-from ringjax.interop.published import file_fingerprint, is_published
+from ringjax.interop.fingerprints import model_fingerprint
+from ringjax.interop.published import is_published
 from ringjax.interop.release import ABOUT, is_release, release_folder
 from ringjax.interop.runs import Checkpoint
 from ringjax.interop.tensors import read_json
 from ringjax.models.config import RopeScaling
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import with_config
-from ringjax.training.manifest import digest_of
+from ringjax.training import distributed
 
 VISION_KINDS: Mapping[str, type[VisionConfig]] = {
     "captions": CaptionsConfig, "drawings": DrawingsConfig, "gallery": GalleryConfig,
@@ -109,8 +110,9 @@ def _find_needles(config: VideoNeedleConfig, heldout: HeldOut) -> str:
     asked = {"evaluation": "video_needle", **_asked(config, heldout), "haystack": haystack.fingerprint}
     with Results(config.output, asked, _about(config)) as results:
         run_video_needle(config, task, results)
-    files = write_report(results, f"needle in a video: {Path(config.model).name}")
-    return "\n".join([markdown(summarise(results.records)), "", *(str(file) for file in [results.path, *files])])
+    title = f"needle in a video: {Path(config.model).name}"
+    files = distributed.same_on_all(lambda: [str(file) for file in write_report(results, title)])
+    return "\n".join([markdown(summarise(results.records)), "", str(results.path), *files])
 
 
 def _choose(config: ChoiceConfig, heldout: HeldOut, parallel: Parallel) -> str:
@@ -125,15 +127,16 @@ def _choose(config: ChoiceConfig, heldout: HeldOut, parallel: Parallel) -> str:
     codes = heldout.codes(lines)
     asked = {"evaluation": kind, **_asked(config, heldout)}
     with Results(config.output, asked, _about(config)) as results:
-        if results.dropped:
+        if results.dropped and distributed.is_main():
             print(f"{results.path}: the last line was cut; what it held is asked again", flush=True)
         if isinstance(config, DrawingsConfig):
             run_drawings(config, heldout, judge, lines, codes, results)
         else:
             run_captions(config, heldout, lines, codes, results)
-    files = write_choices(results, f"{kind}: {Path(config.model).name}", config.by)
+    title = f"{kind}: {Path(config.model).name}"
+    files = distributed.same_on_all(lambda: [str(file) for file in write_choices(results, title, config.by)])
     table = choice_markdown(choice_lines(results.records), config.by)
-    return "\n".join([table, "", *(str(file) for file in [results.path, *files])])
+    return "\n".join([table, "", str(results.path), *files])
 
 
 def _asked(config: VisionConfig, heldout: HeldOut) -> dict[str, Any]:
@@ -153,13 +156,6 @@ def _context(folder: str) -> int:
     if is_release(folder):
         return read_json(release_folder(folder) / ABOUT)["context"]
     return Checkpoint.find(folder).stage.training.seq_len
-
-
-def model_fingerprint(folder: str) -> str:
-    """A short name of what is asked: a run's last checkpoint, or a released model's files."""
-    if is_release(folder):
-        return file_fingerprint(release_folder(folder))
-    return digest_of(Checkpoint.find(folder).path)[:16]
 
 
 def _about(config: VisionConfig) -> dict[str, Any]:

@@ -66,6 +66,17 @@ class VisionConfig(OnMesh):
         _require(self.count is None or self.count >= 1, f"count {self.count} must be at least 1")
         _require(0 <= self.seed < 2**31, f"seed {self.seed} must be in [0, 2^31)")
 
+    def facts(self) -> dict[str, str]:
+        """Fingerprints of the models and of every file that is read."""
+        from ringjax.interop.fingerprints import file_facts, model_fingerprint
+
+        found = {f"model {name}": model_fingerprint(name) for name in self.models()}
+        return found | file_facts([*self.data, self.image_tokenizer])
+
+    def models(self) -> tuple[str, ...]:
+        """All that are asked."""
+        return (self.model,)
+
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceConfig(VisionConfig):
@@ -163,6 +174,14 @@ class DrawingsConfig(DrawingOptions, ChoiceConfig):
                 " it out"
             )
 
+    def models(self) -> tuple[str, ...]:
+        return (self.model,) if self.judge is None else (self.model, self.judge)
+
+    def facts(self) -> dict[str, str]:
+        from ringjax.interop.fingerprints import file_facts
+
+        return super().facts() | file_facts([self.judge_image_tokenizer])
+
 
 @dataclasses.dataclass(frozen=True)
 class VideoNeedleConfig(VisionConfig):
@@ -222,6 +241,11 @@ class VideoNeedleConfig(VisionConfig):
         _require(
             self.rope_factor is None or self.rope_factor >= 1, f"rope_factor {self.rope_factor} must be at least 1"
         )
+
+    def facts(self) -> dict[str, str]:
+        from ringjax.interop.fingerprints import file_facts
+
+        return super().facts() | file_facts(self.haystack)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
+import jax
+
 from ringjax.inference.on_mesh import OnMesh
 from ringjax.inference.sampling import Sampling
 from ringjax.inference.session import Session
@@ -77,8 +79,14 @@ def run_chat(
 ) -> None:
     """Answers each of `lines` (None: what people type) until they end, or `/exit`."""
     write = write or _write
+    parallel = config.parallel()
+    if jax.process_count() > 1:
+        raise NotImplementedError(
+            f"ringjax chat in {jax.process_count()} processes: what is typed reaches only one of them; start"
+            " one process, or use ringjax generate, which takes its prompt from all"
+        )
     model = TextModel.load(
-        config.model, parallel=config.parallel(), dtype=config.dtype, template=config.template, stage=config.stage,
+        config.model, parallel=parallel, dtype=config.dtype, template=config.template, stage=config.stage,
         adapter=config.adapter,
     )  # fmt: skip
     model.chat_ids([{"role": "user", "content": ""}])  # whether it can chat at all, before anybody types

@@ -3,6 +3,7 @@
 What people see is written as it comes where a model streams (published ones), and else when it is there.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ringjax.data.pictures import is_clip
 from ringjax.inference.generate_config import GenerateConfig
 from ringjax.inference.pictures_out import free_name, write_frames
 from ringjax.interop.tensors import read_json
+from ringjax.training import distributed
 
 Write = Callable[[str], None]
 _OF_STREAMS = ("tokenizer", "rope_theta", "heads")
@@ -25,7 +27,7 @@ def run_generate(config: GenerateConfig, write: Write | None = None) -> None:
     """
     from ringjax.interop.published import is_published
 
-    write = write or (lambda text: print(text, end="", flush=True))
+    write = write or (lambda text: print(text, end="", flush=True) if distributed.is_main() else None)
     if is_published(config.run_dir):
         _published(config, write)
     else:
@@ -138,7 +140,8 @@ def _draw(run, config: GenerateConfig, write: Write) -> None:
     codes = run.draw_clips(
         [config.text().strip()], config.frames, sampling=config.sampling(), later=config.later_sampling()
     )
-    write(write_frames(config.draw, run.to_pictures(codes[0]), fps=config.fps) + "\n")
+    frames = run.to_pictures(codes[0])
+    write(distributed.same_on_all(lambda: write_frames(config.draw, frames, fps=config.fps)) + "\n")
 
 
 def _interleave(run, config: GenerateConfig, write: Write) -> None:
@@ -153,9 +156,12 @@ def _interleave(run, config: GenerateConfig, write: Write) -> None:
         if isinstance(part, str):
             write(part)
         else:
-            name = free_name(config.output, len(part))
-            write(f"\n[{write_frames(name, run.to_pictures(part), fps=config.fps)}]\n")
+            write(f"\n[{distributed.same_on_all(functools.partial(_written, config, run.to_pictures(part)))}]\n")
     write("\n")
+
+
+def _written(config: GenerateConfig, frames: np.ndarray) -> str:
+    return write_frames(free_name(config.output, len(frames)), frames, fps=config.fps)
 
 
 def _clips(run, config: GenerateConfig) -> list[np.ndarray]:

@@ -25,6 +25,7 @@ from ringjax.inference.sampling import Sampling, guide, row_keys, sample, step_k
 from ringjax.models.cache import KVCache
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
+from ringjax.training import distributed
 
 _ONE_DEVICE = Parallel()
 _SAMPLE = Sampling()
@@ -117,7 +118,7 @@ def _generate(
         shared, _ = batch_prompts([prefix] * parallel.size("dp", "fsdp"), 0, parallel)
     static = dict(graph=graph, plan=plan, sampling=sampling, capacity=capacity, parallel=parallel)
     tokens = _run(params, batch, shared, seen, **static)
-    return np.asarray(tokens)[: len(prompts)]
+    return distributed.fetch(tokens)[: len(prompts)]
 
 
 def _copies(sampling: Sampling) -> int:

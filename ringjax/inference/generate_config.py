@@ -98,6 +98,13 @@ class GenerateConfig(OnMesh):
             raise ValueError(f"fps {self.fps} must be above 0 and at most 1000")
         self.sampling()
 
+    def facts(self) -> dict[str, str]:
+        """Fingerprints of the model and of every file that is read."""
+        from ringjax.interop.fingerprints import file_facts, model_fingerprint
+
+        files = [self.prompt_file, *self.image, self.adapter, self.tokenizer, self.image_tokenizer]
+        return {"model": model_fingerprint(self.run_dir, self.stage), **file_facts(files)}
+
     def _check_task(self) -> None:
         tasks = {"image": bool(self.image), "draw": self.draw is not None, "interleaved": self.interleaved}
         if tasks["draw"] and (tasks["image"] or tasks["interleaved"]):

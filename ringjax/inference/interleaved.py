@@ -27,6 +27,7 @@ from ringjax.inference.sampling import Sampling, row_keys, sample, step_keys
 from ringjax.models.cache import KVCache
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
+from ringjax.training import distributed
 
 _ONE_DEVICE = Parallel()
 _SAMPLE = Sampling()
@@ -78,9 +79,8 @@ def generate_interleaved(
         params, batch, state_after(rows, grammar), _seen(model, rows, rules), graph=graph, rules=rules,
         capacity=capacity, parallel=parallel,
     )  # fmt: skip
-    tokens, modality = np.asarray(tokens), np.asarray(modality)
     written = []
-    for prompt, ids, vision, length in zip(prompts, tokens, modality, np.asarray(lengths)):
+    for prompt, ids, vision, length in zip(prompts, *distributed.fetch((tokens, modality, lengths))):
         ids, vision = ids[:length], vision[:length]
         written.append(Written(ids, vision, split_pieces(prompt, ids, vision, grammar)))
     return written

@@ -1,10 +1,18 @@
-"""The devices that a command writes with."""
+"""The devices that a command works with, of this process alone or of several."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
 
 from ringjax.models.parallel import Parallel
+from ringjax.training import agreement, distributed
+from ringjax.training.config import DistributedConfig
 from ringjax.training.mesh import check_shape, make_mesh, simulate_devices
+
+# What each process may have been told otherwise.
+_OWN = ("progress",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +34,34 @@ class OnMesh:
             raise ValueError(f"simulated_devices {self.simulated_devices} must be 0 or more")
 
     def parallel(self) -> Parallel:
-        """The devices; call it before JAX's first use where some are simulated."""
-        simulate_devices(self.simulated_devices)
+        """The devices; call it before JAX's first use where some are simulated or several processes share them.
+
+        Raises as `join`.
+        """
+        join(self, self.facts)
         return Parallel() if self.mesh is None else Parallel(make_mesh(self.mesh), self.layout)
+
+    def facts(self) -> dict[str, str]:
+        """What must be the same on all processes beside the options: fingerprints of files by name."""
+        return {}
+
+
+def join(config: Any, facts: Callable[[], dict[str, str]]) -> None:
+    """Join the other processes of a command, if there are any, and see that all were asked for the same.
+
+    `config` has the fields mesh and simulated_devices. A cluster is looked for where there is a mesh; without one only
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID count. Raises ConfigError that names the hosts whose
+    versions, options, devices or files differ, ValueError for several processes without a mesh.
+    """
+    simulate_devices(config.simulated_devices)
+    distributed.start(DistributedConfig(detect=config.mesh is not None))
+    agreement.require_same("versions and options", lambda: agreement.software() | agreement.settings(config, _OWN))
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    if config.mesh is None:
+        raise ValueError(
+            f"{jax.process_count()} processes and no mesh, so each would do all of the work: name the devices that"
+            " share it, such as --mesh 1,1,1,-1, or start one process"
+        )
+    agreement.require_same("devices", agreement.devices)
+    agreement.require_same("files", facts)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from ringjax.models.cache import CacheType
 from ringjax.models.config import ModelConfig
 from ringjax.models.parallel import Parallel
+from ringjax.training import distributed
 
 _AXES = (None, "batch", "sequence", "kv_heads", None)
 # Of what is free; the rest is for the activations of a chunk and for logits.
@@ -112,7 +113,20 @@ def comfortable(config: ModelConfig, parallel: Parallel, cache_type: CacheType |
 
 
 def memory_now(parallel: Parallel) -> Memory | None:
-    """The fullest of this process's devices; simulated devices share what the host has. None: not known."""
+    """The fullest of the devices; simulated devices share what the host has. None: not known.
+
+    Where the mesh lies on several processes all of them call it, and find the same.
+    """
+    found = _own_memory(parallel)
+    if parallel.mesh is None or jax.process_count() == 1:
+        return found
+    everywhere = distributed.gather_json(found)
+    if any(memory is None for memory in everywhere):
+        return None
+    return min((Memory(*memory) for memory in everywhere), key=lambda memory: memory.free)
+
+
+def _own_memory(parallel: Parallel) -> Memory | None:
     devices = [jax.local_devices()[0]] if parallel.mesh is None else list(parallel.mesh.local_devices)
     if devices[0].platform == "cpu":
         host = host_memory()

@@ -23,6 +23,7 @@ from ringjax.inference.sampling import Sampling, sample
 from ringjax.models.cache import CacheType, KVCache, empty_cache, widen, without
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer, for_decoding
+from ringjax.training import distributed
 
 _ONE_DEVICE = Parallel()
 # Tokens of a chunk on each device; on CPUs, whose attention computes what a mask hides, of all.
@@ -147,7 +148,7 @@ class Session:
             more = functools.partial(self._write, token, place, sampling, seen)
             # From the device to the device: the next step does not wait for the host to see the tokens.
             ahead = more() if self._lead and left > 0 else None
-            *read, last = np.asarray(tokens)[0].tolist()
+            *read, last = distributed.fetch(tokens)[0].tolist()
             for value in read:  # the device has read these already
                 yield value
                 most -= 1

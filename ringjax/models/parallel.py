@@ -46,10 +46,13 @@ class Parallel:
     backend: str = "auto"
     cut_weights: bool = True
     """Whether parameters are cut over the ring too, and gathered where they are used; else over fsdp and tp alone."""
+    host_size: int | None = None
+    """Devices of the ring that share a host's fast links, for strategies two_level and hybrid; None: a process's."""
 
     def __post_init__(self):
         layouts.get(self.layout)
         strategies.check_name(self.strategy)
+        strategies.check_host_size(self.strategy, self.host_size)
         kernels.check_name(self.backend)
         if self.mesh is None:
             return
@@ -141,7 +144,9 @@ class Parallel:
         options["return_lse"] = return_lse
         if self.mesh is None:
             return attention(q, k, v, **options)
-        return sharded_attention(q, k, v, mesh=self.mesh, layout=self.layout, strategy=self.strategy, **options)
+        return sharded_attention(
+            q, k, v, mesh=self.mesh, layout=self.layout, strategy=self.strategy, host_size=self.host_size, **options
+        )
 
     def local(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`function` on each device's shards; without a mesh, `function`. For code that has its own gradient rule."""

@@ -68,7 +68,8 @@ def slice_mesh(topology: str) -> Mesh:
 def training_program(stage: StageConfig, devices: list, steps: int | None = None) -> jax.stages.Lowered:
     """The step of `ringjax train` for a stage on `devices`, which may be descriptions, ready to `.compile()`."""
     mesh = make_mesh(stage.mesh.shape, devices)
-    parallel = Parallel(mesh, stage.mesh.layout, stage.mesh.strategy, stage.mesh.backend)
+    asked = stage.mesh
+    parallel = Parallel(mesh, asked.layout, asked.strategy, asked.backend, host_size=asked.host_size)
     training = stage.training
     trainer = make_trainer(stage.model, stage.optimizer, parallel, steps=steps or training.steps, start=0)
     rows = training.batch_size // training.accumulation

@@ -127,9 +127,12 @@ def _notes(plans: list[StagePlan], config: PlanConfig) -> Iterable[str]:
         if plan.hop is not None:
             hop = plan.hop
             word = "hides behind" if hop.hidden else "is longer than"
+            across = plan.stage.mesh.strategy == "two_level"
+            what, beside = ("transfer across hosts", "its turn's") if across else ("rotation", "its hop's")
             yield (
-                f"{plan.stage.name}: a rotation of {hop.bytes / 2**20:.0f} MiB {word} its hop's attention:"
-                f" {hop.tokens:,.0f} tokens a device, {hop.needed_tokens:,.0f} needed"
+                f"{plan.stage.name}: a {what} of {hop.bytes / 2**20:.0f} MiB {word} {beside} attention:"
+                f" {hop.tokens:,.0f} tokens a {'group' if plan.stage.mesh.strategy == 'hybrid' else 'device'},"
+                f" {hop.needed_tokens:,.0f} needed"
             )
     days = sum(plan.days for plan in plans)
     if days:

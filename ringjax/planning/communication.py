@@ -4,6 +4,8 @@
 | --- | --- | --- |
 | ring, forward | (R − 1) · kv (`traffic.py`) | the hop's attention |
 | ring, backward | (R − 1) · (kv + sums), and dK, dV once more to go home | the hop's attention; the first is not |
+| two_level | as the ring, hosts − 1 times by the slow links | a hop; across hosts, all hops of a turn |
+| hybrid | ulysses inside a host, and a ring of (groups − 1) rotations between | nothing; the ring as a ring |
 | all_gather | (R − 1) · kv forward, again backward, and the sums' reduce-scatter | nothing |
 | ulysses | (R − 1)/R of q, k, v and out forward, twice as much backward | nothing |
 | fsdp, sp | weights gathered forward and backward in the model's type, gradients scattered in float32 | half of it |
@@ -16,6 +18,7 @@ full masks, no GQA and bfloat16; `traffic.hidden_from` has the general form).
 
 import dataclasses
 
+from ringjax.attention import strategies
 from ringjax.planning import traffic, work
 from ringjax.planning.devices import Target
 from ringjax.training.config import StageConfig
@@ -51,10 +54,24 @@ class Hop:
         return self.tokens >= self.needed_tokens
 
 
+def inside(stage: StageConfig, sp: int, target: Target) -> int:
+    """Neighbours of a ring of `sp` that share a host, as strategies two_level and hybrid group them."""
+    return min(sp, stage.mesh.host_size or target.device.per_host)
+
+
+def group(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) -> int:
+    """Devices among which hybrid trades heads."""
+    dp, fsdp, tp, sp = sizes
+    heads, kv_heads = stage.model.heads // tp, max(1, stage.model.key_heads // tp)
+    return strategies.widest(heads, kv_heads, sp, most=inside(stage, sp, target))
+
+
 def hop_of(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) -> Hop | None:
-    """The hop of a stage's ring; None where there is no ring."""
+    """The hop of a stage's ring, of two_level the turn that hides a transfer across hosts; None without a ring."""
     dp, fsdp, tp, sp = sizes
     if sp == 1 or stage.mesh.strategy in ("all_gather", "ulysses"):
+        return None
+    if stage.mesh.strategy == "hybrid" and group(stage, sizes, target) == sp:
         return None
     sent, device, model = _traffic(stage, sizes), target.device, stage.model
     visible = 1.0 if stage.mesh.layout == "contiguous" else 0.5
@@ -63,7 +80,14 @@ def hop_of(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target)
         device.rates.attention[0] * device.flops / wide, target.link(sp), heads=model.heads,
         kv_heads=model.key_heads, visible=visible, dtype=model.dtype,
     )  # fmt: skip
-    return Hop(sent.kv, stage.training.seq_len / sp, needed)
+    tokens = stage.training.seq_len / sp
+    if stage.mesh.strategy == "two_level":
+        return Hop(sent.kv, tokens, needed / inside(stage, sp, target))
+    if stage.mesh.strategy == "hybrid":  # a group's tokens, and of its heads one device's
+        width = group(stage, sizes, target)
+        copies = _copies_of_heads(stage, sizes, width)
+        return Hop(sent.kv * copies, tokens * width, needed * copies)
+    return Hop(sent.kv, tokens, needed)
 
 
 def of_stage(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target, attention: float) -> Sent:
@@ -80,17 +104,20 @@ def of_stage(stage: StageConfig, sizes: tuple[int, int, int, int], target: Targe
     return found.plus(_copies(stage, sizes, target))
 
 
-def waiting(stage: StageConfig, sp: int) -> float:
+def waiting(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) -> float:
     """How many times as long attention takes as the work that it is, for the busiest device of each hop.
 
     Contiguous shards leave half of the machine idle under a causal mask, striped and zigzag ones nothing (`work.py`).
     A window that is shorter than a shard leaves no hop but two.
     """
-    if sp == 1 or stage.mesh.layout != "contiguous" or stage.mesh.strategy == "ulysses":
+    groups = sizes[3]
+    if stage.mesh.strategy == "hybrid":
+        groups //= group(stage, sizes, target)
+    if groups == 1 or stage.mesh.layout != "contiguous" or stage.mesh.strategy == "ulysses":
         return 1.0
     if stage.mesh.strategy == "all_gather":  # the last shard sees everything, the mean one half
-        return 2.0 - 1.0 / sp
-    return work.causal_speed_up(sp, stage.training.seq_len)
+        return 2.0 - 1.0 / groups
+    return work.causal_speed_up(groups, stage.training.seq_len)
 
 
 def _traffic(stage: StageConfig, sizes: tuple[int, int, int, int]) -> traffic.Traffic:
@@ -101,6 +128,11 @@ def _traffic(stage: StageConfig, sizes: tuple[int, int, int, int]) -> traffic.Tr
         stage.mesh.layout, sp, training.seq_len, kv_heads=max(1, model.key_heads // tp), head_dim=model.head_size,
         batch=rows, dtype=model.dtype, window=model.window,
     )  # fmt: skip
+
+
+def _copies_of_heads(stage: StageConfig, sizes: tuple[int, int, int, int], width: int) -> float:
+    """Times that K and V grow where fewer heads than devices of a group are sent to all that need them."""
+    return max(1.0, width / max(1, stage.model.key_heads // sizes[2]))
 
 
 def _attention(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target, attention: float) -> Sent:
@@ -115,15 +147,48 @@ def _attention(stage: StageConfig, sizes: tuple[int, int, int, int], target: Tar
     if stage.mesh.strategy == "ulysses":
         queries = sent.kv * model.heads / model.key_heads  # q and out are as large as k and v of so many heads
         return Sent((sent.kv + queries) * (sp - 1) / sp * (forwards + 2) / link, 0.0)
-    rotations = sent.rotations
+    parts = attention / (forwards + 2.5)
+    near = inside(stage, sp, target)
+    if stage.mesh.strategy == "hybrid":
+        width = group(stage, sizes, target)
+        copies, queries = _copies_of_heads(stage, sizes, width), sent.kv * model.heads / model.key_heads
+        traded = (sent.kv * copies + queries) * (width - 1) / width * (forwards + 2) / target.link(width)
+        rotations = min(sp // width - 1, -(-sent.rotations // width))
+        return _ring(rotations, sent.kv * copies, sent.sums * copies, link, parts, forwards).plus(Sent(traded, 0.0))
+    if stage.mesh.strategy == "two_level" and near < sp:
+        turns = min(sp // near, -(-sent.rotations // near) + 1)
+        return _two_level(turns, near, sent, target.link(near), link, parts, forwards)
+    return _ring(sent.rotations, sent.kv, sent.sums, link, parts, forwards)
+
+
+def _ring(rotations: int, kv: float, sums: float, link: float, parts: float, forwards: int) -> Sent:
+    """A ring whose hops together take `parts` seconds forward, and 2.5 times that backward."""
     if rotations == 0:
         return Sent(0.0, 0.0)
-    parts = attention / (forwards + 2.5)
     hops = rotations + 1
-    exposed, busy = sent.kv / link, (forwards * sent.forward + sent.backward) / link
-    exposed += forwards * rotations * max(0.0, sent.kv / link - parts / hops)
+    exposed, busy = kv / link, rotations * (forwards * kv + kv + sums) / link
+    exposed += forwards * rotations * max(0.0, kv / link - parts / hops)
     # Backward K and V and the sums go the same way.
-    exposed += rotations * max(0.0, (sent.kv + sent.sums) / link - 2.5 * parts / hops)
+    exposed += rotations * max(0.0, (kv + sums) / link - 2.5 * parts / hops)
+    return Sent(exposed, max(0.0, busy - exposed))
+
+
+def _two_level(
+    turns: int, near: int, sent: traffic.Traffic, fast: float, slow: float, parts: float, forwards: int
+) -> Sent:
+    """`turns` rings inside hosts of `near` devices, and the transfers across hosts, each beside one of them.
+
+        forward     turns · (near − 1) · kv by the fast links,  (turns − 1) · kv by the slow ones
+        backward    the same of kv + sums; nothing hides kv's first way across, nor its first inside in each turn
+    """
+    hop = parts / min(sent.rotations + 1, turns * near)
+    rotations, both = turns * (near - 1), sent.kv + sent.sums
+    exposed = forwards * rotations * max(0.0, sent.kv / fast - hop)
+    exposed += forwards * (turns - 1) * max(0.0, sent.kv / slow - near * hop)
+    exposed += rotations * max(0.0, both / fast - 2.5 * hop)
+    exposed += (turns - 1) * max(0.0, both / slow - 2.5 * near * hop)
+    exposed += (turns * sent.kv / fast if near > 1 else 0.0) + (sent.kv / slow if turns > 1 else 0.0)
+    busy = rotations * (forwards * sent.kv + both) / fast + (turns - 1) * (forwards * sent.kv + both) / slow
     return Sent(exposed, max(0.0, busy - exposed))
 
 

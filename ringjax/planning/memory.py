@@ -196,6 +196,8 @@ def _block(model: ModelConfig, tokens: float, tp: int, sp: int, platform: str, s
         ring = keys * sp * (2 * itemsize + 2 * FLOAT32)
     else:
         ring = keys * (work.ring * itemsize + work.ring_wide * FLOAT32) if sp > 1 else 0.0
+    if sp > 1 and strategy == "two_level":  # the shard that a turn began with, the next one, and sums from afar
+        ring += keys * (4 * itemsize + 2 * FLOAT32)
     attend = work.stream * tokens * model.width * itemsize
     attend += queries * (work.queries * itemsize + work.queries_wide * FLOAT32)
     if not model.ffn_chunk:

@@ -78,7 +78,7 @@ def plan_stage(run: RunConfig, stage: StageConfig, target: Target) -> StagePlan:
     check_devices(dataclasses.replace(run, stages=(stage,)), target.count)
     _check_planned(run, stage)
     sizes = resolve_shape(stage.mesh.shape, target.count)
-    _check_strategy(stage, sizes)
+    _check_strategy(stage, sizes, target)
     parameters = stage.model.parameter_count()
     return StagePlan(
         stage, target, sizes, parameters, memory.of_stage(stage, sizes, target.device.platform),
@@ -97,7 +97,7 @@ def _check_planned(run: RunConfig, stage: StageConfig) -> None:
         )
 
 
-def _check_strategy(stage: StageConfig, sizes: tuple[int, int, int, int]) -> None:
+def _check_strategy(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) -> None:
     """Refuse what training would refuse, and what the arithmetic does not know."""
     strategy, (_, _, tp, sp), model = stage.mesh.strategy, sizes, stage.model
     heads, kv_heads = model.heads // tp, max(1, model.key_heads // tp)
@@ -106,8 +106,9 @@ def _check_strategy(stage: StageConfig, sizes: tuple[int, int, int, int]) -> Non
             f"stage {stage.name!r}: ulysses over sp {sp} cannot split {heads} query and {kv_heads} key/value heads a"
             " device evenly; use strategy 'ring', or a smaller sp"
         )
-    if strategy == "hybrid" and sp > 1:
+    near = communication.inside(stage, sp, target)
+    if strategy == "two_level" and sp % near:
         raise ConfigError(
-            f"stage {stage.name!r}: how hybrid groups devices depends on the hosts it runs on, which a plan does not"
-            " know; plan 'ring' and 'ulysses', the ends between which it lies"
+            f"stage {stage.name!r}: a ring of sp {sp} cannot be cut into hosts of {near}; set mesh.host_size to a"
+            " divisor of it, or use strategy 'ring'"
         )

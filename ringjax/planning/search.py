@@ -13,6 +13,8 @@ from ringjax.training.config import RunConfig, StageConfig
 from ringjax.training.yaml_tree import ConfigError
 
 STRATEGIES = ("ring", "all_gather", "ulysses")
+# Where a ring leaves its host; inside one they are a ring, or Ulysses.
+ACROSS_HOSTS = ("two_level", "hybrid")
 # Where two cost the same by the arithmetic the first is taken: zigzag's hops are plain rectangles, which cuDNN does 2
 # to 15 % faster than striped's (docs/results/attention.md); on a TPU one kernel takes either.
 LAYOUTS = {"gpu": ("zigzag", "striped", "contiguous"), "tpu": ("striped", "zigzag", "contiguous")}
@@ -34,13 +36,16 @@ class Choice:
     ffn_chunk: int | None
     accumulation: int
 
-    def apply(self, stage: StageConfig) -> StageConfig:
+    def apply(self, stage: StageConfig, target: Target) -> StageConfig:
         """`stage` with the choice made."""
+        host_size = stage.mesh.host_size or target.device.per_host if self.strategy in ACROSS_HOSTS else None
         unroll = 1 if self.remat == "offload" else stage.model.unroll
         return dataclasses.replace(
             stage,
             model=dataclasses.replace(stage.model, remat=self.remat, ffn_chunk=self.ffn_chunk, unroll=unroll),
-            mesh=dataclasses.replace(stage.mesh, shape=self.mesh, strategy=self.strategy, layout=self.layout),
+            mesh=dataclasses.replace(
+                stage.mesh, shape=self.mesh, strategy=self.strategy, layout=self.layout, host_size=host_size
+            ),
             training=dataclasses.replace(stage.training, accumulation=self.accumulation),
         )
 
@@ -61,7 +66,7 @@ def search(run: RunConfig, stage: StageConfig, target: Target) -> Found:
     refused = None
     for choice in choices(stage, target):
         try:
-            plans[choice] = plan_stage(run, choice.apply(stage), target)
+            plans[choice] = plan_stage(run, choice.apply(stage, target), target)
         except (ConfigError, NotImplementedError, ValueError) as error:
             refused = refused or str(error)
     if not plans:
@@ -84,6 +89,8 @@ def choices(stage: StageConfig, target: Target) -> Iterator[Choice]:
                 continue
             sp = count // fsdp // tp
             strategies = STRATEGIES if sp > 1 else STRATEGIES[:1]
+            if target.topology is None and sp > target.device.per_host:
+                strategies = (*STRATEGIES, *ACROSS_HOSTS)
             layouts = LAYOUTS[target.device.platform] if sp > 1 else (stage.mesh.layout,)
             for strategy in strategies:
                 for layout in layouts:

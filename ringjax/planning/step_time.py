@@ -99,7 +99,7 @@ def of_stage(stage: StageConfig, sizes: tuple[int, int, int, int], target: Targe
     return StepTime(
         products=products * (FLOAT32_PRODUCTS[device.platform] if wide else 1),
         attention=attention,
-        waiting=attention * (communication.waiting(stage, sizes[3]) - 1),
+        waiting=attention * (communication.waiting(stage, sizes, target) - 1),
         elementwise=elementwise,
         stacking=0.0 if offload or model.unroll >= model.layers else 4 * kept / memory,
         exposed=sent.exposed,

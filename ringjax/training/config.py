@@ -18,6 +18,7 @@ from dataclasses import field
 from typing import Literal
 
 from ringjax.attention.kernels import check_name
+from ringjax.attention.strategies import check_host_size
 from ringjax.data.config import DataConfig
 from ringjax.models.config import ModelConfig
 from ringjax.models.lora import LoraConfig
@@ -118,8 +119,10 @@ class MeshConfig:
     """Devices along dp,fsdp,tp,sp; one may be -1 and takes what is left."""
     layout: Literal["contiguous", "striped", "zigzag"] = "striped"
     """Which token sits on which device of the ring."""
-    strategy: Literal["ring", "all_gather", "ulysses", "hybrid"] = "ring"
+    strategy: Literal["ring", "two_level", "all_gather", "ulysses", "hybrid"] = "ring"
     """How attention crosses the devices of the ring."""
+    host_size: int | None = None
+    """Devices of the ring that share a host's fast links, for two_level and hybrid; null: those of a process."""
     backend: str = "auto"
     """The attention kernel."""
     simulated_devices: int = 0
@@ -130,6 +133,7 @@ class MeshConfig:
     def __post_init__(self):
         check_shape(self.shape)
         check_name(self.backend)
+        check_host_size(self.strategy, self.host_size)
         if self.simulated_shape is not None:
             check_shape(self.simulated_shape)
         _require(0 <= self.simulated_devices <= 1024, f"simulated_devices is {self.simulated_devices}; use 0 to 1024")

@@ -101,6 +101,21 @@ def gather_json(value: Any) -> list[Any]:
     return [json.loads(bytes(row[: int(size)])) for row, size in zip(rows, sizes.ravel())]
 
 
+def fetch(tree: Any) -> Any:
+    """A tree of arrays as numpy arrays, whole on every process wherever their parts are; all processes call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(_fetch, tree)
+
+
+def _fetch(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 def same_on_all(make: Callable[[], Any]) -> Any:
     """What process 0 makes (JSON), on every process; its error is raised on all of them."""
     result = None

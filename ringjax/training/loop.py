@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ringjax import accelerator
-from ringjax.training import distributed
+from ringjax.training import agreement, distributed
 from ringjax.training.begin import Begun, begin_from, check_same_base
 from ringjax.training.checkpoint import (
     FOLDER,
@@ -60,17 +60,34 @@ def train(config: RunConfig | TokenizerRun, open_start: OpenStart | None = None)
 
 
 def _train(config: RunConfig | TokenizerRun, open_start: OpenStart | None) -> Path:
+    agreement.require_same("versions and config", lambda: agreement.software() | agreement.settings(config))
+    agreement.require_same("devices", agreement.devices)
     tasks = make_tasks(config)
-    check_tasks(tasks, lambda task: task.check_devices(len(jax.devices())))
-    check_tasks(tasks, lambda task: task.check_data())
-    _check_notes(tasks)
-    _check_init_from(config)
+    agreement.require_same("data", lambda: _checked(config, tasks, open_start))
     with Run(config, tasks, open_start) as run, StopSignals() as signals, _debug(config):
         run.begin()
         for index in range(run.first_stage, len(config.stage_list)):
             run.stage(index, signals)
         run.finish()
     return run.folder
+
+
+def _checked(
+    config: RunConfig | TokenizerRun, tasks: Sequence[Task], open_start: OpenStart | None
+) -> dict[str, str]:
+    """Everything that can be found wrong before a run begins; gives what must be the same on all processes."""
+    check_tasks(tasks, lambda task: task.check_devices(len(jax.devices())))
+    check_tasks(tasks, lambda task: task.check_data())
+    _check_notes(tasks)
+    _check_init_from(config)
+    if jax.process_count() == 1:
+        return {}
+    found: dict[str, str] = {}
+    for task in tasks:
+        found |= {f"{task.stage.name}: {name}": value for name, value in task.data_facts().items()}
+    path = config.init_from
+    start = None if path is None or not Path(path).exists() else tasks[0].open_start(path, open_start)
+    return found if start is None else found | {f"init_from {path}": start.fingerprint}
 
 
 def _check_notes(tasks: Sequence[Task]) -> None:

@@ -104,6 +104,10 @@ class Task(abc.ABC):
         """Raises ValueError, OSError or ImportError where the data cannot be used."""
 
     @abc.abstractmethod
+    def data_facts(self) -> dict[str, str]:
+        """Fingerprints of the data and of what reads it, by name: on all processes the same. Raises as `check_data`."""
+
+    @abc.abstractmethod
     def trainer(self, mesh: Mesh, seed: int, start: int) -> Trains:
         """The compiled functions of this stage, which begins at step `start` of the run."""
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ringjax.data.codes import agreed, vision_tokenizer_path
+from ringjax.data.codes import agreed, tokenizer_fingerprint, vision_tokenizer_path
 from ringjax.data.sources import codes_of, open_sources
-from ringjax.data.tokenizers import tokenizer_files
+from ringjax.data.tokenizers import load_tokenizer, tokenizer_files
 from ringjax.models.lora import LoraConfig
 from ringjax.models.parallel import Parallel
 from ringjax.training import progress
@@ -42,6 +42,16 @@ class TransformerTask(Task):
     def check_data(self) -> None:
         check_stage_data(self.stage)
 
+    def data_facts(self) -> dict[str, str]:
+        data = self.stage.data
+        found = {f"tokenizer {data.tokenizer}": load_tokenizer(data.tokenizer).fingerprint}
+        if data.vision_tokenizer is not None:
+            found[f"image tokenizer {data.vision_tokenizer}"] = tokenizer_fingerprint(data.vision_tokenizer)
+        for split in ("train", "heldout")[: 2 if self.stage.training.eval_every else 1]:
+            for number, source in enumerate(open_sources(data, split)[0]):
+                found[f"{split} data {number} ({source.name})"] = source.fingerprint
+        return found
+
     def trainer(self, mesh: Mesh, seed: int, start: int) -> Trainer:
         stage, training = self.stage, self.stage.training
         return make_trainer(
@@ -50,7 +60,8 @@ class TransformerTask(Task):
         )  # fmt: skip
 
     def _parallel(self, mesh: Mesh) -> Parallel:
-        return Parallel(mesh, self.stage.mesh.layout, self.stage.mesh.strategy, self.stage.mesh.backend)
+        config = self.stage.mesh
+        return Parallel(mesh, config.layout, config.strategy, config.backend, host_size=config.host_size)
 
     def base(self, trainer: Trainer) -> Any:
         return trainer.base

@@ -46,3 +46,9 @@ def executed(text: str, operation: str) -> list[str]:
 def dimensions(text: str) -> set[int]:
     """Every dimension of every array of the program."""
     return {int(d) for dims in re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text) for d in dims.split(",")}
+
+
+def permuted_pairs(text: str) -> list[set[tuple[int, int]]]:
+    """Who sends to whom, of each collective-permute of the text (a loop's stands once)."""
+    found = re.findall(r"= [^=]*? collective-permute(?:-start)?\(.*?source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", text)
+    return [{tuple(map(int, pair.split(","))) for pair in re.findall(r"(\d+,\d+)", pairs)} for pairs in found]

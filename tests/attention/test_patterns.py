@@ -105,7 +105,9 @@ def test_ring_of_dense_hops(dense, layout, ring_size, unroll, causal):
 
 
 @pytest.mark.parametrize("layout", rj.layouts.LAYOUTS)
-@pytest.mark.parametrize("strategy, options", [("ulysses", {}), ("hybrid", {"ulysses_size": 2}), ("all_gather", {})])
+@pytest.mark.parametrize("strategy, options", [
+    ("ulysses", {}), ("hybrid", {"ulysses_size": 2}), ("two_level", {"host_size": 2}), ("all_gather", {}),
+])  # fmt: skip
 def test_other_strategies(dense, strategy, options, layout):
     if dense == "dense" and (strategy == "all_gather" or (strategy, layout) == ("hybrid", "striped")):
         with pytest.raises(NotImplementedError, match="'dense' serves hops in which .* use backend='auto'"):

@@ -21,11 +21,16 @@ logging: {progress: plain, every: 1, plot: false}
 
 
 def start(
-    folder: Path, *overrides: str, cache: Path, config: str = CONFIG, **environment: str
+    folder: Path, *overrides: str, cache: Path, config: str = CONFIG, cwd: Path | None = None, **environment: str
 ) -> subprocess.Popen:
     """`ringjax train` on a tiny config in its own process; `cache` keeps compiled programs between processes."""
     path = folder.with_suffix(".yaml")
     path.write_text(config)
+    return command("train", str(path), "--run_dir", str(folder), *overrides, cache=cache, cwd=cwd, **environment)
+
+
+def command(*arguments: str, cache: Path, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
+    """`ringjax` with these arguments on CPU devices, in its own process."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
         "JAX_PLATFORMS": "cpu",
@@ -33,8 +38,28 @@ def start(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **environment,
     }
-    command = [sys.executable, "-m", "ringjax.cli", "train", str(path), "--run_dir", str(folder), *overrides]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = [sys.executable, "-m", "ringjax.cli", *arguments]
+    return subprocess.Popen(
+        started, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def cluster(count: int) -> list[dict[str, str]]:
+    """The variables of each of `count` processes that find each other on this machine."""
+    address = f"127.0.0.1:{free_port()}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+    return [{**shared, "JAX_PROCESS_ID": str(i)} for i in range(count)]
+
+
+def start_all(
+    count: int, folder: Path, *overrides: str, cache: Path, devices: int = 8, config: str = CONFIG
+) -> list[subprocess.Popen]:
+    """`start` in `count` processes that share `devices` evenly."""
+    options = ("--mesh.simulated_devices", str(devices // count), *overrides)
+    return [
+        start(folder, *options, cache=cache / f"{i} of {count}", config=config, **variables)
+        for i, variables in enumerate(cluster(count))
+    ]
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:

@@ -1,5 +1,7 @@
 """The mesh string and the devices it asks for."""
 
+import dataclasses
+
 import jax
 import pytest
 from jax.sharding import AxisType
@@ -58,3 +60,27 @@ def test_an_axis_of_a_slice_is_cut_where_the_mesh_asks_for_it():
 
     mesh = make_mesh("1,1,2,32", slice_devices("v4:4x4x4"))
     assert dict(mesh.shape) == {"dp": 1, "fsdp": 1, "tp": 2, "sp": 32} and len(set(mesh.devices.flat)) == 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What a mesh asks of one of eight GPUs of a host."""
+
+    id: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+    slice_index: int = 0
+
+    @property
+    def process_index(self) -> int:
+        return self.id // 8
+
+
+@pytest.mark.parametrize("shape, hosts", [("1,1,1,32", 4), ("2,1,1,16", 2), ("1,1,2,16", 2), ("1,1,8,4", 1)])
+def test_neighbours_of_a_ring_are_inside_a_host_first(shape, hosts):
+    """Along sp a ring crosses each boundary between two of its hosts once, and no more of them than it must."""
+    devices = make_mesh(shape, [Gpu(i) for i in range(32)]).devices
+    for ring in devices.reshape(-1, devices.shape[-1]):
+        places = [device.process_index for device in ring]
+        crossed = sum(a != b for a, b in zip(places, [*places[1:], places[0]]))
+        assert len(set(places)) == hosts and crossed == (0 if hosts == 1 else hosts)

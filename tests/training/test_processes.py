@@ -1,11 +1,11 @@
-"""Two processes of four devices train like one of eight; only the first prints and writes."""
+"""Several processes train like one that has all of their devices; only the first prints and writes."""
 
 import signal
 
 import numpy as np
 import pytest
 
-from tests.training.runs import curve, finish, free_port, start
+from tests.training.runs import curve, finish, start, start_all
 
 pytestmark = pytest.mark.slow
 
@@ -22,29 +22,49 @@ def one(tmp_path_factory, cache):
     return folder
 
 
-def start_two(folder, cache, *overrides):
-    port = free_port()
-    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    options = ("--mesh.simulated_devices", "4", *overrides)
-    return [start(folder, *options, cache=cache / str(i), JAX_PROCESS_ID=str(i), **cluster) for i in range(2)]
-
-
-@pytest.mark.parametrize("shape", ["2,1,1,4", "1,1,1,8"], ids=["rows apart", "a ring across"])
-def test_two_processes_train_like_one(tmp_path, cache, one, shape):
+@pytest.mark.parametrize(
+    "count, shape, strategy",
+    [
+        (2, "2,1,1,4", "ring"),  # rows apart
+        (2, "1,1,1,8", "ring"),  # a ring across
+        (2, "1,1,1,8", "hybrid"),  # heads traded inside a process, a ring between them
+        (2, "1,1,1,8", "two_level"),  # around inside a process, across meanwhile
+        (4, "2,1,1,4", "ring"),  # both: each ring lies on two processes
+    ],
+)
+def test_processes_train_like_one(tmp_path, cache, one, count, shape, strategy):
     folder = tmp_path / "run"
-    first, second = start_two(folder, cache, "--mesh.shape", shape)
+    first, *others = start_all(
+        count, folder, "--mesh.shape", shape, "--mesh.strategy", strategy, cache=cache / shape / strategy
+    )
     printed = finish(first)
-    assert "2 process(es)" in printed and "done after step 24" in printed
-    assert "loss" not in finish(second)
+    assert f"{count} process(es)" in printed and "done after step 24" in printed
+    assert all("loss" not in finish(process) for process in others)
     found, expected = np.array(curve(folder)), np.array(curve(one))
     np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=1e-5)
-    # Sums over processes have another order; 24 steps of training let the last bits of gradients grow.
-    np.testing.assert_allclose(found[:, 2], expected[:, 2], rtol=1e-4)
+    # Sums over processes have another order, and training lets the last bits of gradients grow.
+    np.testing.assert_allclose(found[:8, 2], expected[:8, 2], rtol=1e-5)
+    np.testing.assert_allclose(found[:, 2], expected[:, 2], rtol=1e-3)
+
+
+def test_fewer_and_fewer_processes_go_on_on_other_meshes(tmp_path, cache):
+    """Four processes make eight steps, two the next eight, one the rest: the losses are those of one process."""
+    constant = ("--optimizer.schedule", "constant", "--training.eval_every", "0")
+    finish(start(tmp_path / "one", *constant, cache=cache))
+    folder = tmp_path / "run"
+    for count, shape, last in ((4, "2,1,1,4", 8), (2, "1,2,2,2", 16), (1, "1,1,1,8", 24)):
+        options = (*constant, "--mesh.shape", shape, "--training.steps", str(last))
+        printed = [finish(process) for process in start_all(count, folder, *options, cache=cache / shape)]
+        assert last == 8 or f"going on after step {last - 8}" in printed[0]
+    found, expected = np.array(curve(folder)), np.array(curve(tmp_path / "one"))
+    np.testing.assert_array_equal(found[:, 0], np.arange(1, 25))
+    np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=1e-5)
 
 
 def test_processes_stop_together_and_one_goes_on(tmp_path, cache, one):
     folder = tmp_path / "run"
-    processes = start_two(folder, cache, "--training.steps", "2000", "--optimizer.schedule", "constant")
+    long = ("--training.steps", "2000", "--optimizer.schedule", "constant")
+    processes = start_all(2, folder, *long, cache=cache)
     while processes[0].poll() is None and len(curve(folder)) < 4:
         pass
     processes[1].send_signal(signal.SIGTERM)

@@ -12,13 +12,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ringjax.data.picture_set import LeftOut, list_files
+from ringjax.data.picture_set import LeftOut, PictureSet, list_files
 from ringjax.data.pictures import spread
 from ringjax.models.vqgan import save_vqgan, vqgan_fingerprint
 from ringjax.training.distributed import is_main
 from ringjax.training.image_tokenizer.config import TokenizerStage
 from ringjax.training.image_tokenizer.evaluate import TokenizerEvaluator, draw_pairs
-from ringjax.training.image_tokenizer.feed import PictureFeed, check_memory
+from ringjax.training.image_tokenizer.feed import PictureFeed, check_memory, picture_form
 from ringjax.training.image_tokenizer.perceptual import load_features
 from ringjax.training.image_tokenizer.step import TokenizerTrainer, compile_trainer
 from ringjax.training.mesh import resolve_shape
@@ -71,6 +71,16 @@ class ImageTokenizerTask(Task):
                     f"no caption falls into data.heldout_share {data.heldout_share}; raise it, or set eval_every to 0"
                 )
         self._features()
+
+    def data_facts(self) -> dict[str, str]:
+        data, found = self.stage.data, {}
+        for split in ("train", "heldout")[: 2 if self.stage.training.eval_every else 1]:
+            for source in data.sources:
+                files = list_files(source.path, split, data.heldout_share, LeftOut(data.on_error))
+                found[f"{split} pictures of {source.path}"] = (
+                    PictureSet(files, picture_form(self.stage), LeftOut(data.on_error)).fingerprint
+                )
+        return found
 
     def _features(self) -> dict[str, np.ndarray] | None:
         losses = self.stage.losses
