@@ -9,9 +9,8 @@ import os
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from ringjax.training import distributed
-
 from ringjax.json_text import brief, parse_json
+from ringjax.training import distributed
 
 FORMAT, NAME = 1, "results.jsonl"
 _BEGINNING = b'{"format": 1, "asked": {'
