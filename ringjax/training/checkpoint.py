@@ -125,7 +125,11 @@ def load_arrays(path: Path, name: str, abstract: Any) -> Any:
         loaded = _orbax().load_checkpointables(path.absolute(), {name: flatten_named(abstract)})[name]
         return unflatten_like(abstract, loaded)
     except Exception as error:  # orbax and tensorstore raise errors of many kinds
-        raise CheckpointError(f"{path}: the arrays {name!r} cannot be read: {_reason(error, path)}") from error
+        raise CheckpointError(f"{path}: the arrays {name!r} cannot be read: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 class CheckpointStore:
@@ -229,7 +233,7 @@ class CheckpointStore:
         """One line for what went wrong; what is wrong with a disk is named as such."""
         problem = disk.problem(error)
         if problem is None:
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return _line(error)
         what = disk.named(error) or f"step_{self._newest:08d}"
         try:
             room = disk.free(self.folder)
