@@ -1,24 +1,25 @@
 """The command line: `ringjax train`, `plan`, `generate`, `chat`, `eval`, `convert`, `info`, `tokenize`, `bench`, ….
 
-Exit codes, for people and supervisors:
-
-    0    done                       2    wrong usage or config
-    1    failed                     75   preempted: saved, run the same command again (EX_TEMPFAIL)
-
-Errors are one line on standard error; `--debug` shows where they come from.
+Exit codes are in `ringjax.exit_codes`; docs/faults.md says what a supervisor does with each. Errors are one line on
+standard error; `--debug` shows where they come from.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
+from ringjax import disk
 from ringjax.cli_options import UsageError, print_help, read_lists, read_options, split_lists, split_overrides
+from ringjax.exit_codes import ExitCode, code_of
 
-OK, FAILED, USAGE, PREEMPTED = 0, 1, 2, 75
+OK, FAILED, USAGE = ExitCode.FINISHED, ExitCode.FAILED, ExitCode.REFUSED
 
 
 class Command(NamedTuple):
@@ -39,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro's help and usage errors
         return stop.code if isinstance(stop.code, int) else OK
     except KeyboardInterrupt:
-        return _report("interrupted", 130, debug)
+        return _report("interrupted", ExitCode.INTERRUPTED, debug)
     except BrokenPipeError:  # the reader went away: `ringjax config show … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except Exception as error:
-        return _report(_message(error), _exit_code(error), debug)
+        return _left(_report(_message(error), code_of(error), debug))
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -71,29 +72,29 @@ def _overview() -> str:
     return "\n".join([*lines, "", "ringjax COMMAND --help says more."])
 
 
+def _left(code: int) -> int:
+    """The exit code; a process that ends alone, because of an error that the others don't have, is gone at once."""
+    peers = sys.modules.get("ringjax.training.peers")
+    return code if peers is None else peers.leave(code)
+
+
 def _report(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    for line in message.splitlines():
-        print(f"ringjax: error: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a log on a full disk changes no exit code
+        for line in message.splitlines():
+            print(f"ringjax: error: {line}", file=sys.stderr, flush=True)
     return code
 
 
 def _message(error: Exception) -> str:
     expected = (ValueError, NotImplementedError, RuntimeError, OSError, ImportError)
     text = str(error).strip()
+    if isinstance(error, OSError) and (problem := disk.problem(error)) is not None:
+        return f"the disk {problem}: {text}; mend that and run the same command again"
     if isinstance(error, expected) and text:
         return text
     return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
-
-
-def _exit_code(error: Exception) -> int:
-    from ringjax.training.stops import Preempted
-    from ringjax.training.yaml_tree import ConfigError
-
-    if isinstance(error, Preempted):
-        return PREEMPTED
-    return USAGE if isinstance(error, (UsageError, ConfigError, NotImplementedError)) else FAILED
 
 
 def _nearest(name: str, choices) -> str:
@@ -126,12 +127,38 @@ def _config_help(command: str, config) -> NoReturn:
 
 
 def _train(arguments: list[str]) -> int:
-    config = _load(arguments, "train")
-    from ringjax.interop.start import open_start
-    from ringjax.training.loop import train
+    with _terminated_early():
+        config = _load(arguments, "train")
+        from ringjax.interop.start import open_start
+        from ringjax.training.loop import train
+        from ringjax.training.out_of_memory import OutOfMemory
 
-    train(config, open_start)
+        try:
+            train(config, open_start)
+        except OutOfMemory as error:
+            from ringjax.planning.advice import advice
+
+            raise OutOfMemory("\n".join([str(error), *advice(error.stage)]), error.stage) from error
     return OK
+
+
+@contextlib.contextmanager
+def _terminated_early():
+    """SIGTERM before the training loop looks for it: nothing to save, and the same exit code as after a save."""
+
+    def stop(*_) -> NoReturn:
+        from ringjax.training.stops import Preempted
+
+        raise Preempted("SIGTERM before the first step: nothing new to save; the same command begins again")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _plan(arguments: list[str]) -> int:

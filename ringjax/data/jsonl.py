@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ringjax.data.errors import DataError
+from ringjax.json_text import parse_json
 
 _CHUNK = 1 << 24
 
@@ -68,13 +69,13 @@ class JsonLines:
 def parse_line(raw: bytes, place: str) -> dict:
     """The JSON object in `raw`. Raises DataError, which begins with `place`, where there is none."""
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = parse_json(raw)
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 (byte {error.start} of the line)") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-    except (RecursionError, ValueError):
-        raise DataError(f"{place}: not JSON of a reasonable depth and size") from None
+    except ValueError as error:
+        raise DataError(f"{place}: not usable JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{place}: a line must be a JSON object {{…}}, not a {type(value).__name__}")
     return value

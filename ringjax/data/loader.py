@@ -238,7 +238,7 @@ def _check_identity(state: dict, identity: dict) -> None:
     saved = state["identity"]
     changed = [name for name in (saved | identity) if saved.get(name) != identity.get(name)]
     if changed:
-        raise ValueError(
+        raise DataError(
             f"the data is not what it was when the run was saved: {', '.join(changed)} changed; put it back, or begin "
             "a new stage or run with the new data"
         )

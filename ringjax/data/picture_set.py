@@ -19,6 +19,7 @@ from ringjax.data.errors import DataError
 from ringjax.data.heldout import Side, side_of
 from ringjax.data.jsonl import JsonLines
 from ringjax.data.pictures import Fit, count_frames, read_frame, read_frames
+from ringjax.inside import inside
 
 OnError = Literal["stop", "skip"]
 
@@ -88,12 +89,12 @@ def list_files(path: str | Path, side: Side, heldout_share: float, left_out: Lef
     rows, chosen = JsonLines(path), []
     for i in range(len(rows)):
         try:
-            file, caption = _file_and_caption(rows, i)
+            file, caption = _file_and_caption(rows, i, Path(path).parent)
         except DataError as error:
             left_out.add(rows.place(i), rows.place(i), error)
             continue
         if side_of(caption, heldout_share) == side:
-            chosen.append((rows.place(i), Path(path).parent / file))
+            chosen.append((rows.place(i), file))
     counts = in_threads(lambda item: _count_or_error(item[1]), chosen)
     files = []
     for (place, file), count in zip(chosen, counts):
@@ -104,12 +105,16 @@ def list_files(path: str | Path, side: Side, heldout_share: float, left_out: Lef
     return files
 
 
-def _file_and_caption(rows: JsonLines, index: int) -> tuple[str, str]:
+def _file_and_caption(rows: JsonLines, index: int, folder: Path) -> tuple[Path, str]:
     row = rows[index]
     file, caption = row.get("file"), row.get("caption")
     if not isinstance(file, str) or not file:
         raise DataError(f"{rows.place(index)} has no text in 'file'; name the picture or clip, relative to the folder")
-    return file, caption if isinstance(caption, str) and caption.strip() else file
+    try:
+        path = inside(folder, file)
+    except ValueError as error:
+        raise DataError(f"{rows.place(index)}: file {error}") from None
+    return path, caption if isinstance(caption, str) and caption.strip() else file
 
 
 def _count_or_error(file: Path) -> int | DataError:

@@ -6,7 +6,9 @@ background; palettes, grey, CMYK and 16-bit grey become RGB or grey as the image
 
 import contextlib
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -22,8 +24,32 @@ Fit = Literal["crop", "pad", "centre"]
 # Nothing else is parsed: Pillow knows many formats, some through outside programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+MOST_PIXELS = 1 << 26
+"""Of a still PNG or JPEG, 8192 × 8192; half of it for clips, GIF and WebP, of which several copies are in memory: so no
+picture takes more than 1 GiB, however small its file is."""
+MOST_FRAMES = 1 << 14
+"""Of a clip; nine minutes at 30 frames a second."""
+MOST_CLIP_PIXELS = 1 << 29
+"""Pixels in all frames that are decoded, some seconds' work; 258 frames of 1920 × 1080, 8,192 of 256 × 256."""
+MOST_BYTES = 1 << 30
+"""Of the frames that one call gives."""
+_LEAST_FRAME = 8  # bytes of a file; every format needs more for a frame
+_ORIENTATION = 0x0112
 # What Pillow raises on damaged or hostile files of these formats.
-_FAULTS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+_FAULTS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 
 
 def read_frames(
@@ -58,8 +84,8 @@ def read_frame(
 
 def count_frames(path: str | Path) -> int:
     """How many frames a file has, 1 for a picture; only its beginning is looked at. Raises as `read_frames` does."""
-    with _explained(path), Image.open(path, formats=FORMATS) as picture:
-        return getattr(picture, "n_frames", 1)
+    with _explained(path), _opened(path) as (_, frames):
+        return frames
 
 
 def spread(count: int, most: int | None) -> list[int]:
@@ -71,8 +97,29 @@ def spread(count: int, most: int | None) -> list[int]:
 
 def open_picture(path: str | Path, channels: int = 3, background: str = "white") -> Image.Image:
     """A picture (of a clip, the first frame) as `flatten` makes it, in its own size. Raises as `read_frames` does."""
-    with _explained(path), Image.open(path, formats=FORMATS) as picture:
+    with _explained(path), _opened(path) as (picture, _):
         return flatten(picture, channels, background)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path):
+    """The picture and its number of frames, both within the limits; nothing is decoded yet."""
+    with Image.open(path, formats=FORMATS) as picture:
+        frames = getattr(picture, "n_frames", 1)
+        _check_size(picture, frames, path)
+        size = Path(path).stat().st_size
+        if frames * _LEAST_FRAME > size:
+            raise DataError(f"picture {path} claims {frames} frames in {size} bytes; it is damaged, make it again")
+        if frames > MOST_FRAMES:
+            raise DataError(f"clip {path} has {frames} frames, more than {MOST_FRAMES}; cut it into several clips")
+        yield picture, frames
+
+
+def _check_size(picture: Image.Image, frames: int, path: str | Path) -> None:
+    width, height = picture.size
+    most = MOST_PIXELS if frames == 1 and picture.format in ("PNG", "JPEG") else MOST_PIXELS // 2
+    if width * height > most:
+        raise DataError(f"picture {path} has {width} × {height} pixels, more than {most}; scale it down first")
 
 
 @contextlib.contextmanager
@@ -142,32 +189,64 @@ def _natural(file: Path) -> list:
 def _read(
     path: Path, resolution: int, channels: int, fit: Fit, background: str, wanted: Callable[[int], list[int]]
 ) -> np.ndarray:
-    with Image.open(path, formats=FORMATS) as picture:
-        frames = []
-        for index in wanted(getattr(picture, "n_frames", 1)):
+    with _opened(path) as (picture, count):
+        indices = wanted(count)
+        _check_work(picture, indices, resolution, channels, fit, path)
+        found: np.ndarray | None = None
+        for place, index in enumerate(indices):
             picture.seek(index)
-            flat = flatten(picture, channels, background)
-            frames.append(np.asarray(_square(flat, resolution, fit, background, path)))
-        return np.stack(frames)
+            _check_size(picture, count, path)  # a frame may be larger than the first
+            frame = np.asarray(_square(flatten(picture, channels, background), resolution, fit, background, path))
+            if found is None:
+                found = np.empty((len(indices), *frame.shape), np.uint8)
+            if frame.shape != found.shape[1:]:
+                raise DataError(f"picture {path} has frames of different sizes; use fit crop or pad")
+            found[place] = frame
+        return found
+
+
+def _check_work(
+    picture: Image.Image, indices: list[int], resolution: int, channels: int, fit: Fit, path: str | Path
+) -> None:
+    """Refuse what takes too long to decode, or too much memory when it is decoded."""
+    width, height = picture.size
+    if fit == "centre" and max(width, height) > resolution:
+        raise DataError(f"picture {path} of {picture.size} is larger than {resolution}; use fit crop or pad")
+    # The frames before one that is wanted are decoded too.
+    if len(indices) > 1 or indices[0]:
+        pixels = (indices[-1] + 1) * width * height
+        if pixels > MOST_CLIP_PIXELS:
+            raise DataError(
+                f"clip {path} has {pixels} pixels in {indices[-1] + 1} frames of {width} × {height}, more than"
+                f" {MOST_CLIP_PIXELS}; scale it down or cut it first"
+            )
+    size = len(indices) * resolution * resolution * channels
+    if size > MOST_BYTES:
+        raise DataError(
+            f"clip {path} takes {size} bytes as {len(indices)} frames of {resolution} × {resolution}, more than"
+            f" {MOST_BYTES}; give max_frames, or cut it into several clips"
+        )
 
 
 def flatten(picture: Image.Image, channels: int, background: str) -> Image.Image:
     """The picture upright, without transparency, in RGB (3 channels) or grey (1)."""
-    picture = ImageOps.exif_transpose(picture)
+    # No copy that is not needed: a picture may have many pixels.
+    if picture.getexif().get(_ORIENTATION, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         # Pillow would clip 16-bit grey at 255 instead of scaling it.
-        picture = Image.fromarray((np.clip(np.asarray(picture, np.int64), 0, 65535) >> 8).astype(np.uint8))
+        picture = Image.fromarray((np.clip(np.asarray(picture), 0, 65535) >> 8).astype(np.uint8))
     if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        picture = picture.convert("RGBA")
+        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         ground = Image.new("RGBA", picture.size, ImageColor.getrgb(background))
         picture = Image.alpha_composite(ground, picture)
-    picture = picture.convert("RGB")
+    picture = picture.convert("RGB")  # a copy at least: the file is closed behind it
     return picture if channels == 3 else picture.convert("L")
 
 
 def _square(picture: Image.Image, resolution: int, fit: Fit, background: str, path: Path) -> Image.Image:
     if fit == "centre":
-        if max(picture.size) > resolution:
+        if max(picture.size) > resolution:  # a later frame, or one that was turned
             raise DataError(f"picture {path} of {picture.size} is larger than {resolution}; use fit crop or pad")
         return picture
     if picture.size == (resolution, resolution):

@@ -10,7 +10,6 @@
 import bisect
 import dataclasses
 import hashlib
-import json
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,10 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ringjax.data.chunks import check_chunks
 from ringjax.data.config import DataConfig, SourceConfig
-from ringjax.data.errors import DataError
+from ringjax.data.errors import DataError, MissingShard
 from ringjax.data.example import Example, require_usable
 from ringjax.data.tokenizers import TextTokenizer
+from ringjax.inside import inside
+from ringjax.json_text import brief, parse_json
 
 META = "meta.json"
 FORMAT = "ringjax-records-1"
@@ -154,7 +156,7 @@ class RecordReader:
     def _check_size(self, shard: Shard) -> None:
         path = self.folder / shard.file
         if not path.is_file():
-            raise FileNotFoundError(f"shard {path} is missing; copy the data set again")
+            raise MissingShard(f"shard {path} is missing; copy the data set again")
         size = path.stat().st_size
         if size != shard.bytes:
             what = "cut" if size < shard.bytes else "too long"
@@ -194,6 +196,10 @@ class RecordSource:
 def _open_shard(path: Path, examples: int):
     from array_record.python.array_record_module import ArrayRecordReader
 
+    try:
+        check_chunks(path)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
     if not reader.ok() or reader.num_records() != examples:
         found = reader.num_records() if reader.ok() else "no readable"
@@ -208,17 +214,24 @@ def _read_meta(folder: Path) -> tuple[dict, list[Shard]]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {META}, so it is no data set; make one with `ringjax tokenize`")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = parse_json(path.read_bytes())
         shards = [Shard(**shard) for shard in meta["shards"]]
         kinds = [(type(s.file), type(s.examples), type(s.bytes), type(s.sha256)) for s in shards]
         sound = meta["format"] == FORMAT and all(kind == (str, int, int, str) for kind in kinds)
     except (ValueError, KeyError, TypeError):
         sound = False
     if not sound:
-        raise ValueError(f"{path} is no description of a data set in format {FORMAT}; make the data set again")
-    outside = [shard.file for shard in shards if Path(shard.file).name != shard.file or shard.examples < 0]
-    if outside:
-        raise ValueError(f"{path}: shard {outside[0]!r} is not a file of the folder; make the data set again")
+        raise DataError(f"{path} is no description of a data set in format {FORMAT}; make the data set again")
+    for shard in shards:
+        try:
+            inside(folder, shard.file, levels=False)
+        except ValueError as error:
+            raise DataError(f"{path}: shard {error}; make the data set again") from None
+        if not 0 <= shard.examples <= shard.bytes:
+            raise DataError(
+                f"{path}: shard {shard.file!r} has {brief(shard.examples)} examples in {brief(shard.bytes)} bytes; make"
+                " the data set again"
+            )
     if sum(shard.examples for shard in shards) == 0:
         raise ValueError(f"data set {folder} has no examples")
     return meta, shards
@@ -231,12 +244,12 @@ def _check_origin(meta: dict, source: SourceConfig, config: DataConfig, tokenize
     made_with = meta.get("tokenizer_fingerprint")
     if made_with != tokenizer.fingerprint:
         raise ValueError(
-            f"data set {source.path} was made with tokenizer {meta.get('tokenizer')!r} ({str(made_with)[:12]}), not "
-            f"with {config.tokenizer!r} ({tokenizer.fingerprint[:12]}); use that one or tokenize again"
+            f"data set {source.path} was made with tokenizer {brief(meta.get('tokenizer'))} ({str(made_with)[:12]}),"
+            f" not with {config.tokenizer!r} ({tokenizer.fingerprint[:12]}); use that one or tokenize again"
         )
     for name in ("codes_per_frame", "vision_codes"):
         if meta.get("has_vision") and meta.get(name) != getattr(config, name):
             raise ValueError(
-                f"data set {source.path} was made with {name} {meta.get(name)}, not {getattr(config, name)}; "
+                f"data set {source.path} was made with {name} {brief(meta.get(name))}, not {getattr(config, name)}; "
                 f"set data.{name} to it or tokenize again"
             )

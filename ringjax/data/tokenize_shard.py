@@ -21,6 +21,7 @@ from ringjax.data.pictures import Fit, read_frames
 from ringjax.data.records import Shard, encode_record, write_shard
 from ringjax.data.tokenizers import load_tokenizer
 from ringjax.data.variations import OVERSAMPLE, may_be_mirrored, number_of, vary
+from ringjax.inside import inside
 
 # Frames that go through the image tokenizer at once, one compiled shape; and lines whose pictures are in memory, beside
 # as many that are being read.
@@ -167,10 +168,9 @@ class ShardWriter:
         recipe = self._recipe
         options = dict(fit=recipe.fit, background=recipe.background, max_frames=recipe.max_frames)
         try:
-            return read_frames(
-                Path(line.path).parent / name, resolution, channels=self._vision.channels, **options
-            )  # fmt: skip
-        except DataError as error:
+            file = inside(Path(line.path).parent, name)
+            return read_frames(file, resolution, channels=self._vision.channels, **options)
+        except ValueError as error:
             raise DataError(f"{line.place}: {error}") from None
 
     def _put_codes(self, rows: dict[Part, dict | DataError]) -> None:

@@ -14,6 +14,7 @@ beside it (or the GGUF file) says otherwise: the end token is its `eos_token`, a
 where the model's own tokenizer puts it (`add_bos_token`): that of SmolLM2-Instruct, `<|im_start|>`, begins a turn.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ringjax.data import gguf_header
+from ringjax.json_text import parse_json
 
 VISION_START = "<vision>"
 VISION_END = "</vision>"
@@ -118,6 +120,20 @@ def gguf_files(path: Path) -> dict[str, str]:
     return {CONTENT: tokenizer_json(header), SETTINGS: settings}
 
 
+@contextlib.contextmanager
+def library_faults(path: str | Path, what: str):
+    """What a tokenizers library raises, as a ValueError that names the file and says `what` is wrong.
+
+    They raise bare Exceptions, and panics of Rust, which are none. What Python itself raises goes through.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{path} {what}: {str(error)[:300]}") from None
+
+
 class ByteTokenizer:
     """UTF-8 bytes, numbered as LLaMA's byte tokens are."""
 
@@ -145,10 +161,9 @@ class JsonTokenizer:
         path = Path(path)
         if content is None:
             content, settings = path.read_bytes(), _settings(path.parent / SETTINGS)
-        try:
+        self._path = path
+        with library_faults(path, "is not a whole tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{path} is not a whole tokenizer.json: {error}") from None
         # Otherwise "</s>" typed in a document would end it.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -166,10 +181,12 @@ class JsonTokenizer:
         self.specials = {token.content: i for i, token in added.items() if token.special}
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with library_faults(self._path, "cannot encode this text"):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        with library_faults(self._path, "cannot decode these ids"):
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def marker(self, name: str) -> list[int]:
         own = self._tokenizer.token_to_id(name)
@@ -183,7 +200,7 @@ class JsonTokenizer:
         found = self._first_known(names, otherwise=None)
         if found is None:
             usual = ", ".join(name for name in names if name is not None)
-            raise ValueError(f"{path} has no {role} token; add one of {usual} to its added tokens")
+            raise ValueError(f"{path} has no {role} token; add one of {usual[:300]} to its added tokens")
         return found
 
 
@@ -195,26 +212,26 @@ class SentencePieceTokenizer:
             from sentencepiece import SentencePieceProcessor
         except ImportError:
             raise ImportError(f"{path} needs SentencePiece: pip install 'ringjax[sentencepiece]'") from None
-        content = Path(path).read_bytes()
-        try:
+        content, self._path = Path(path).read_bytes(), path
+        with library_faults(path, "is not a whole SentencePiece model"):
             self._processor = SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
-            raise ValueError(f"{path} is not a whole SentencePiece model: {error}") from None
-        self.vocab_size = self._processor.vocab_size()
+            self.vocab_size = self._processor.vocab_size()
+            ids = (i for i in range(self.vocab_size) if self._processor.is_control(i))
+            self.specials = {self._processor.id_to_piece(i): i for i in ids}
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no begin or end token; train it with bos_id and eos_id")
         # LLaMA's model has no padding token; a padded slot is masked, so any id will do.
         self.pad_id = max(self._processor.pad_id(), 0)
         self.fingerprint = _digest(content)
-        ids = (i for i in range(self.vocab_size) if self._processor.is_control(i))
-        self.specials = {self._processor.id_to_piece(i): i for i in ids}
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text, add_bos=False, add_eos=False)
+        with library_faults(self._path, "cannot encode this text"):
+            return self._processor.encode(text, add_bos=False, add_eos=False)
 
     def decode(self, ids: list[int]) -> str:
-        return self._processor.decode([int(i) for i in ids])
+        with library_faults(self._path, "cannot decode these ids"):
+            return self._processor.decode([int(i) for i in ids])
 
     def marker(self, name: str) -> list[int]:
         own = self._processor.piece_to_id(name)
@@ -226,7 +243,7 @@ def _settings(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = parse_json(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file} is not whole JSON: {error}") from None
     if not isinstance(found, dict):

@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import io
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +15,11 @@ from jaxtyping import Int
 
 from ringjax.data import samples
 from ringjax.inference.vocabulary import Vocabulary
+from ringjax.json_text import parse_json
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".gz")
+MOST_TEXT = 1 << 28
+"""Bytes of one unpacked `.gz`: a thousand times less can hold it, and a haystack of 1M tokens has 4 MB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,18 +85,26 @@ def _read(file: Path) -> list[str]:
     name = file
     try:
         if file.suffix == ".gz":
-            data, name = gzip.decompress(data), file.with_suffix("")
+            data, name = _unpacked(data), file.with_suffix("")
+            if len(data) > MOST_TEXT:
+                raise ValueError(f"{file} unpacks to more than {MOST_TEXT} bytes; cut it into several files")
         text = data.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from None
     if name.suffix != ".jsonl":
         return [text]
     return [_text_of(line, f"{file} line {i}") for i, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
+def _unpacked(data: bytes) -> bytes:
+    """No more than is taken, and one byte."""
+    with gzip.open(io.BytesIO(data)) as packed:
+        return packed.read(MOST_TEXT + 1)
+
+
 def _text_of(line: str, where: str) -> str:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     text = record.get("text") if isinstance(record, dict) else None

@@ -9,11 +9,15 @@ import os
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from ringjax.json_text import brief, parse_json
 from ringjax.training import distributed
 
 FORMAT, NAME = 1, "results.jsonl"
 _BEGINNING = b'{"format": 1, "asked": {'
 KEY = ("method", "part", "length", "depth", "index")
+_LARGEST = 1e300  # so that sums of them are finite
+_TEXTS, _COUNTS = ("method", "part"), ("length", "index")
+_NUMBERS = ("depth", "score", "tokens", "seconds", "first_seconds", "cache_bytes", "peak_bytes", "characters", "bytes")
 
 
 class Results:
@@ -79,7 +83,7 @@ class Results:
 
     def _check_header(self, line: str) -> None:
         try:
-            header = json.loads(line)
+            header = parse_json(line)
             found = header["asked"] if header["format"] == FORMAT else None
         except (ValueError, KeyError, TypeError):
             found = None
@@ -89,18 +93,41 @@ class Results:
         other = next((name for name in names if found.get(name) != self.asked.get(name)), None)
         if other is not None:
             raise ValueError(
-                f"{self.path} is of another evaluation: {other} is {found.get(other)!r} there and"
-                f" {self.asked.get(other)!r} here; give another --output, or remove it"
+                f"{self.path} is of another evaluation: {other[:100]} is {brief(found.get(other))} there and"
+                f" {brief(self.asked.get(other))} here; give another --output, or remove it"
             )
 
 
 def _read(line: str, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-        _key(record)
-    except (ValueError, KeyError, TypeError):
+        record = parse_json(line)
+        sound = isinstance(record, dict) and _is_sound(record)
+    except ValueError:
+        sound = False
+    if not sound:
         raise ValueError(f"{where} is damaged; remove that line and run again: what it held is asked anew") from None
     return record
+
+
+def _is_sound(record: dict[str, Any]) -> bool:
+    """Whether what tables are made of is there, and of the kinds that they take."""
+    texts, counts = ([record.get(name) for name in names] for names in (_TEXTS, _COUNTS))
+    if not all(isinstance(x, str) for x in texts) or not all(type(x) is int and abs(x) < 2**53 for x in counts):
+        return False
+    if "depth" not in record or not all(record.get(name) is None or _is_number(record[name]) for name in _NUMBERS):
+        return False
+    if not _is_number(record.get("seconds")):
+        return False
+    if record["part"] != "perplexity":
+        return "losses" not in record and _is_number(record.get("score"))
+    losses, counts = record.get("losses"), record.get("counts")
+    if not isinstance(losses, list) or not isinstance(counts, list) or len(losses) != len(counts):
+        return False
+    return all(map(_is_number, (*losses, *counts))) and sum(counts) > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
 def _key(record: dict[str, Any]) -> tuple:

@@ -4,7 +4,6 @@ Passages are supplied as JSONL of {context, question, answers}. Without any, the
 of a paragraph is quoted, and the words with which the next one begins are asked.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ringjax.evaluation.question import Cell, Question, room
+from ringjax.json_text import parse_json
 
 _SAME = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 _WORDS = f"{_SAME}\n\nThe following are given documents.\n\n{{context}}\n\n{_SAME}\n\nQuestion: "
@@ -33,7 +33,11 @@ class Passage(NamedTuple):
 def read_passages(path: str | Path) -> list[Passage]:
     """Passages of a JSONL file. Raises ValueError, naming the line, for what is none."""
     passages = []
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+    try:
+        text = Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             passages.append(_passage(line, f"{path} line {number}"))
     if not passages:
@@ -43,7 +47,7 @@ def read_passages(path: str | Path) -> list[Passage]:
 
 def _passage(line: str, where: str) -> Passage:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         context, question, answers = record["context"], record["question"], record["answers"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where} is no {{context, question, answers}}: {error!r}") from None

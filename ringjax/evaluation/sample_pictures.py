@@ -16,13 +16,14 @@ from ringjax.inference.sampling import Sampling
 from ringjax.inference.trained import TrainedRun
 from ringjax.interop.release import SAMPLE, is_installed
 
+# A row of captions that it was trained on, and one that it was not.
 WORDS = (
-    "red apple", "blue car", "green tree", "yellow star", "house", "fish", "guitar", "butterfly", "airplane", "clock",
-    "snowman", "sunflower",
+    "red heart", "fried eggs", "neutral orange smiley", "blue baseball cap", "green tree", "fries",
+    "red car", "yellow banana", "green apple", "pink flower", "blue bird", "red apple",
 )  # fmt: skip
-CLIP = "rocket"
+CLIP = "full moon face"
 FRAMES, COLUMNS = 16, 6
-DRAWING = Sampling(temperature=1.0, top_k=200, guidance=3.0, seed=0)
+DRAWING = Sampling(temperature=0.7, top_k=100, guidance=2.5, seed=0)
 
 
 def draw_sample_pictures(folder: str | Path, model: str = SAMPLE, frames: int = FRAMES) -> list[Path]:
@@ -46,7 +47,11 @@ def _write_sheet(path: Path, pictures: UInt8[np.ndarray, "n H W C"], said: list[
     rows = -(-len(WORDS) // COLUMNS)
     figure = Figure(figsize=(2 * COLUMNS, 2.5 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle("Drawn from words by sample:any-to-any; below: its own words for the drawing", fontsize=10)
+    figure.suptitle(
+        "Drawn by sample:any-to-any: captions that it learned, captions that it never saw; below each drawing: its own"
+        " words for it",
+        fontsize=10,
+    )
     for axes, words, picture, caption in zip(figure.subplots(rows, COLUMNS).ravel(), WORDS, pictures, said):
         axes.imshow(picture)
         axes.set_title(words, fontsize=9)

@@ -20,7 +20,7 @@ class Line(NamedTuple):
     """Mean score of the answers, 0 to 1; for perplexity the perplexity."""
     first_seconds: float | None
     seconds: float
-    read: float
+    read: float | None
     """Tokens of the prompt that the model read, mean."""
     cache_bytes: int | None
     peak_bytes: int | None
@@ -101,7 +101,7 @@ def table(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
         ("bits a byte", lambda line: _shown(line.byte_bits)),
         ("score", lambda line: None if perplexity else f"{line.score:.0%}"),
         ("rows" if perplexity else "questions", lambda line: str(line.count)),
-        ("tokens read", lambda line: f"{line.read:.0f}"),
+        ("tokens read", lambda line: None if line.read is None else f"{line.read:.0f}"),
         ("first token, s", lambda line: _seconds(line.first_seconds)),
         ("in all, s", lambda line: _seconds(line.seconds)),
         ("KV cache, MB", lambda line: _megabytes(line.cache_bytes)),

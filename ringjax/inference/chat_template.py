@@ -1,12 +1,26 @@
-"""Chat templates: the Jinja text by which a model learned turns, run in a sandbox since it comes with the weights."""
+"""Chat templates: the Jinja text by which a model learned turns, run in bounds since it comes with the weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ringjax.inference.bounded_template import BoundedEnvironment, render
 
 Message = Mapping[str, str]
+# What Jinja raises, what its compiler does with text that is nested too deeply, and Python for a template's mistakes.
+_FAULTS = (
+    jinja2.TemplateError,
+    SyntaxError,
+    RecursionError,
+    MemoryError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+)
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -30,14 +44,12 @@ class ChatTemplate:
 
     def __init__(self, text: str, tokens: Mapping[str, str] | None = None):
         self._tokens = dict(tokens or {})
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined
-        )
+        environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
         environment.globals["raise_exception"] = _raise
         try:
             self._template = environment.from_string(text)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is not one: {error}") from None
+        except _FAULTS as error:
+            raise ValueError(f"the chat template is not one: {_said(error)}") from None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "ChatTemplate | None":
@@ -57,9 +69,9 @@ class ChatTemplate:
         what a template must not.
         """
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._tokens)
-        except (jinja2.TemplateError, TypeError, OverflowError, MemoryError) as error:
-            raise ValueError(f"the chat template refuses this conversation: {error}") from None
+            return render(self._template, messages=list(messages), add_generation_prompt=True, **self._tokens)
+        except _FAULTS as error:
+            raise ValueError(f"the chat template refuses this conversation: {_said(error)}") from None
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -70,6 +82,10 @@ def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
         token = token.get("content") if isinstance(token, dict) else token
         found[name] = token if isinstance(token, str) else ""
     return found
+
+
+def _said(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, (RecursionError, MemoryError)) else str(error)[:500]
 
 
 def _raise(message: str):

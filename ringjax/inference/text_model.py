@@ -114,13 +114,19 @@ class TextModel:
 
 def _template(wanted: str | None, published: Published) -> ChatTemplate | None:
     if wanted is None:
-        return ChatTemplate.of(published.settings)
+        try:
+            return ChatTemplate.of(published.settings)
+        except ValueError as error:
+            raise ValueError(f"{published.path}: {error}") from None
     tokens = special_tokens(published.settings)
     if wanted in BUILT_IN:
         return ChatTemplate(BUILT_IN[wanted], tokens)
     if not Path(wanted).is_file():
         raise FileNotFoundError(f"template {wanted!r} is neither {' nor '.join(BUILT_IN)} nor a file")
-    return ChatTemplate(Path(wanted).read_text("utf-8"), tokens)
+    try:
+        return ChatTemplate(Path(wanted).read_text("utf-8"), tokens)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"template {wanted} is not UTF-8 text (byte {error.start})") from None
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tokenizers
 
-from ringjax.data.tokenizers import SentencePieceTokenizer
+from ringjax.data.tokenizers import SentencePieceTokenizer, library_faults
 from ringjax.interop.published import Published
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -28,7 +28,7 @@ class Vocabulary:
             return cls._json(published.tokenizer["tokenizer.json"], published, str(published.path))
         file = published.tokenizer / "tokenizer.json"
         if file.is_file():
-            return cls._json(file.read_text("utf-8"), published, str(file))
+            return cls._json(_text_of(file), published, str(file))
         file = published.tokenizer / "tokenizer.model"
         if file.is_file():
             return cls._sentencepiece(file)
@@ -37,17 +37,21 @@ class Vocabulary:
     @classmethod
     def _json(cls, text: str, published: Published, where: str) -> "Vocabulary":
         plain, special = _tokenizer(text, where), _tokenizer(text, where)
+        encodes, decodes = (
+            library_faults(where, f"cannot {what}") for what in ("encode this text", "decode these ids")
+        )
         plain.encode_special_tokens = True  # "<|im_end|>" typed by a person is ten characters
         ids = {token.content: i for i, token in special.get_added_tokens_decoder().items() if token.special}
         bos = published.description.bos_id
         # What the tokenizer itself puts before a text: its post-processor knows, or the settings say so.
-        first = special.encode("", add_special_tokens=True).ids
+        with library_faults(where, "cannot encode an empty text"):
+            first = special.encode("", add_special_tokens=True).ids
         begins = bos is not None and (first[:1] == [bos] or bool(published.settings.get("add_bos_token")))
         begins = begins if published.begins is None else published.begins
         return cls(
-            lambda text: plain.encode(text, add_special_tokens=False).ids,
-            lambda text: special.encode(text, add_special_tokens=False).ids,
-            lambda ids: plain.decode(ids, skip_special_tokens=True),
+            encodes(lambda text: plain.encode(text, add_special_tokens=False).ids),
+            encodes(lambda text: special.encode(text, add_special_tokens=False).ids),
+            decodes(lambda ids: plain.decode(ids, skip_special_tokens=True)),
             ids, bos if begins else None,
         )  # fmt: skip
 
@@ -90,11 +94,16 @@ class Vocabulary:
         return self.decode(ids).rstrip(_UNFINISHED)
 
 
-def _tokenizer(text: str, where: str) -> tokenizers.Tokenizer:
+def _text_of(file: Path) -> str:
     try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text (byte {error.start})") from None
+
+
+def _tokenizer(text: str, where: str) -> tokenizers.Tokenizer:
+    with library_faults(where, "is not a whole tokenizer.json"):
         made = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{where} is not a whole tokenizer.json: {error}") from None
     made.no_truncation()
     made.no_padding()
     return made

@@ -144,7 +144,7 @@ def gguf_config(source: GgufSource) -> tuple[ModelConfig, int]:
             raise fields.refused(name, f"it is the size of a head, {config.head_size}, here")
     # A tampered count would otherwise make the tables of names as long as it says.
     last = f"blk.{config.layers - 1}.attn_norm.weight"
-    if last not in source.shapes:
+    if last not in source.shapes or config.layers > len(source.shapes):
         raise ValueError(f"{source.path}: {fields.architecture}.block_count is {config.layers}, and there is no {last}")
     return config, fields.get("context_length")
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ringjax.interop.tensors import listed
+from ringjax.json_text import brief
 from ringjax.models.config import ModelConfig, RopeScaling
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -28,6 +29,19 @@ _DEFAULTS_OF = {
         "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768,
     },
 }  # fmt: skip
+# Of what kinds the fields are that are read, where they are not null.
+_INTS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "sliding_window", "max_window_layers", "bos_token_id",
+)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_INTS, (int,)), **dict.fromkeys(("rms_norm_eps", "initializer_range", "rope_theta"), (int, float)),
+    **dict.fromkeys(("model_type", "hidden_act"), (str,)),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict,)),
+    "tie_word_embeddings": (bool,), "use_sliding_window": (bool,), "layer_types": (list,), "architectures": (list,),
+    "eos_token_id": (int, list),
+}  # fmt: skip
+_LARGEST = (1 << 31) - 1
 _REQUIRED = (
     "model_type",
     "hidden_size",
@@ -98,12 +112,28 @@ def refuse_unknown(fields: Mapping[str, Any], known: Collection[str], where: str
     unknown = sorted(set(fields) - set(known) - HARMLESS - set(EMPTY_ONLY))
     if unknown:
         raise NotImplementedError(
-            f"{where} has {listed([f'{name}: {fields[name]!r}' for name in unknown])}, unknown here; it may change what"
-            " the model computes. Take it out if it does not"
+            f"{where} has {listed([f'{name[:80]}: {brief(fields[name])}' for name in unknown])}, unknown here; it may"
+            " change what the model computes. Take it out if it does not"
         )
     for name, rule in EMPTY_ONLY.items():
         if fields.get(name):
-            raise NotImplementedError(f"{where}: {name} {fields[name]!r} is not supported: {rule}")
+            raise NotImplementedError(f"{where}: {name} {brief(fields[name])} is not supported: {rule}")
+
+
+def check_kinds(fields: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for a field whose value is of another kind than it is read as, or beyond 32 bits."""
+    for name, kinds in _KINDS.items():
+        value = fields.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"{where}: {name} {brief(value)} is not {' or '.join(kind.__name__ for kind in kinds)}")
+        if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:
+            raise ValueError(f"{where}: {name} {brief(value)} is beyond {_LARGEST}")
+    for name, kind in (("eos_token_id", int), ("layer_types", str)):
+        value = fields.get(name)
+        if isinstance(value, list) and not all(type(x) is kind for x in value):
+            raise ValueError(f"{where}: {name} {brief(value)} is not a list of {kind.__name__}")
 
 
 class _Reader:
@@ -115,6 +145,7 @@ class _Reader:
         missing = [name for name in _REQUIRED if fields.get(name) is None]
         if missing:
             raise ValueError(f"{where} has no {listed(missing)}; is it the config of a language model?")
+        check_kinds(fields, where)
         self.where, self.kind = where, fields["model_type"]
         self.fields = {**_DEFAULTS, **_DEFAULTS_OF.get(self.kind, {}), **fields}
 
@@ -177,21 +208,28 @@ class _Reader:
     def _rope(self) -> tuple[float, RopeScaling | None]:
         """theta and the scaling, from `rope_theta` and `rope_scaling`, or `rope_parameters` that has both."""
         given = dict(self.fields["rope_parameters"] or self.fields["rope_scaling"] or {})
-        theta = given.pop("rope_theta", None) or self.fields["rope_theta"] or 10000.0
+        named = (given.pop("rope_theta", None), self.fields["rope_theta"], 10000.0)
+        theta = next(value for value in named if value is not None)
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < _LARGEST:
+            raise ValueError(f"{self.where}: rope_theta {brief(theta)} must be a number from 0 to {_LARGEST}")
         if given.pop("partial_rotary_factor", 1.0) != 1.0:
             raise self._refused("rope_parameters", "all of a head is rotated")
         kind, legacy = given.pop("rope_type", None), given.pop("type", None)
         kind = kind or legacy or "default"
         if kind == "default":
             return float(theta), None
-        if kind not in _ROPE_FIELDS:
-            raise self._refused("rope_scaling", f"the rules are {', '.join(_ROPE_FIELDS)}, not {kind}")
+        if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
+            raise self._refused("rope_scaling", f"the rules are {', '.join(_ROPE_FIELDS)}, not {str(kind)[:40]}")
         unknown = sorted(set(given) - _ROPE_FIELDS[kind])
         if unknown:
             raise self._refused("rope_scaling", f"{kind} has no {listed(unknown)}")
         context, original = self.fields["max_position_embeddings"], given.pop("original_max_position_embeddings", None)
         if kind == "yarn":
             original = original or context
+            if type(original) is not int or type(context) is not int or not 0 < original <= _LARGEST:
+                raise ValueError(
+                    f"{self.where}: original_max_position_embeddings {brief(original)} is no number of tokens"
+                )
             given["factor"] = given.get("factor") or context / original
         if given.get("factor") is None:
             raise ValueError(f"{self.where}: rope_scaling {kind} has no factor")
@@ -202,7 +240,7 @@ class _Reader:
             raise ValueError(f"{self.where}: {error}") from None
 
     def _refused(self, name: str, rule: str) -> NotImplementedError:
-        return NotImplementedError(f"{self.where}: {name} {self.fields.get(name)!r} is not supported: {rule}")
+        return NotImplementedError(f"{self.where}: {name} {brief(self.fields.get(name))} is not supported: {rule}")
 
 
 def write_hf_config(config: ModelConfig, context: int, dtype: str, **more: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ringjax.interop.hf import left_aside
+from ringjax.interop.hf_config import check_kinds
 from ringjax.interop.llava_config import LlavaDescription, read_llava_config, read_preprocessing
 from ringjax.interop.load import load_module
 from ringjax.interop.names import HF_OUTER, Recipe, hf_recipes
@@ -74,6 +75,7 @@ def read_llava(folder: str | Path) -> LlavaDescription:
     if (folder / "generation_config.json").is_file():
         ends = read_json(folder / "generation_config.json").get("eos_token_id")
         if ends is not None:
+            check_kinds({"eos_token_id": ends}, str(folder / "generation_config.json"))
             ends = tuple(ends) if isinstance(ends, list) else (ends,)
             found = dataclasses.replace(found, text=dataclasses.replace(found.text, eos_ids=ends))
     return found

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ringjax.interop.hf_config import Description, read_hf_config, refuse_unknown
+from ringjax.json_text import brief
 from ringjax.models.clip import ClipConfig, Preprocessing
 from ringjax.models.llava import LlavaConfig
 
@@ -66,8 +67,9 @@ def read_llava_config(fields: Mapping[str, Any], where: str = "config.json") -> 
     """
     if fields.get("model_type") != "llava" or fields.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE]:
         raise NotImplementedError(
-            f"{where}: model_type {fields.get('model_type')!r}, architectures {fields.get('architectures')!r}: this"
-            f" reads model_type 'llava', architecture {ARCHITECTURE!r} (LLaVA-1.5)"
+            f"{where}: model_type {brief(fields.get('model_type'))}, architectures"
+            f" {brief(fields.get('architectures'))}: this reads model_type 'llava',"
+            f" architecture {ARCHITECTURE!r} (LLaVA-1.5)"
         )
     refuse_unknown(fields, {*_DEFAULTS, *_HARMLESS, "model_type", "text_config", "vision_config"}, where)
     found = {**_DEFAULTS, **fields}
@@ -96,7 +98,7 @@ def _vision(fields: Mapping[str, Any], layers: int, where: str) -> ClipConfig:
     given, where = _vision_fields(fields, where), f"{where}, vision_config"
     if given["model_type"] != "clip_vision_model":
         raise NotImplementedError(
-            f"{where}: model_type {given['model_type']!r} is not supported: the vision transformer is CLIP's"
+            f"{where}: model_type {brief(given['model_type'])} is not supported: the vision transformer is CLIP's"
             " (clip_vision_model)"
         )
     refuse_unknown(given, {*_VISION_DEFAULTS, *_VISION_HARMLESS}, where)
@@ -120,8 +122,8 @@ def _depths(fields: Mapping[str, Any], where: str) -> tuple[int, ...]:
     whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (layers, *named))
     if not named or not whole or not all(-layers <= x <= layers and x != 0 for x in named):
         raise ValueError(
-            f"vision_feature_layer {chosen!r} must name outputs of the {layers} blocks of the vision transformer: from"
-            " 1, or from -1 backwards"
+            f"vision_feature_layer {brief(chosen)} must name outputs of the {brief(layers)} blocks of the vision"
+            " transformer: from 1, or from -1 backwards"
         )
     return tuple(x % (layers + 1) for x in named)
 
@@ -134,8 +136,9 @@ def _section(fields: Mapping[str, Any], name: str, where: str) -> dict[str, Any]
 
 
 def _activation(name: str, field: str, where: str) -> str:
-    if name not in _ACTIVATIONS:
-        raise NotImplementedError(f"{where}: {field} {name!r} is not supported: there are {', '.join(_ACTIVATIONS)}")
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise NotImplementedError(f"{where}: {field} {brief(name)} is not supported: there are {known}")
     return _ACTIVATIONS[name]
 
 
@@ -146,7 +149,7 @@ def read_preprocessing(fields: Mapping[str, Any], where: str = "preprocessor_con
     """
     kind = fields.get("image_processor_type") or fields.get("feature_extractor_type") or _PROCESSORS[0]
     if kind not in _PROCESSORS:
-        raise NotImplementedError(f"{where}: image_processor_type {kind!r} is not one of {', '.join(_PROCESSORS)}")
+        raise NotImplementedError(f"{where}: image_processor_type {brief(kind)} is not one of {', '.join(_PROCESSORS)}")
     refuse_unknown(fields, {*_PICTURE_DEFAULTS, *_PICTURE_HARMLESS}, where)
     found = {**_PICTURE_DEFAULTS, **fields}
     if found["do_pad"] and not kind.startswith("Llava"):
@@ -173,7 +176,7 @@ def _size(size: Any) -> int | tuple[int, int]:
         return given["shortest_edge"]
     if set(given) == {"height", "width"}:
         return given["height"], given["width"]
-    raise ValueError(f"size {size!r} must have shortest_edge, or height and width")
+    raise ValueError(f"size {brief(size)} must have shortest_edge, or height and width")
 
 
 def _crop(size: Any) -> tuple[int, int]:
@@ -181,5 +184,5 @@ def _crop(size: Any) -> tuple[int, int]:
         return size, size
     found = _size(size)
     if isinstance(found, int):
-        raise ValueError(f"crop_size {size!r} must have height and width")
+        raise ValueError(f"crop_size {brief(size)} must have height and width")
     return found

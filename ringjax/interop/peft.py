@@ -27,6 +27,7 @@ from ringjax.interop.names import Path as Names
 from ringjax.interop.names import Recipe, hf_recipes
 from ringjax.interop.published import Published, file_fingerprint
 from ringjax.interop.tensors import SafetensorsSource, listed, read_json
+from ringjax.json_text import brief
 from ringjax.models import lora
 from ringjax.models.config import ModelConfig, RopeScaling
 from ringjax.models.lora import LoraConfig
@@ -76,8 +77,9 @@ class Adapter:
         fields, where = read_json(folder / CONFIG), folder / CONFIG
         _refuse(fields, where)
         rank, alpha = fields.get("r"), fields.get("lora_alpha")
-        if type(rank) is not int or not 1 <= rank <= _MAX_RANK or not isinstance(alpha, (int, float)) or alpha <= 0:
-            raise ValueError(f"{where}: r {rank!r} and lora_alpha {alpha!r} must be a whole number and one above 0")
+        if type(rank) is not int or not 1 <= rank <= _MAX_RANK or not _is_scale(alpha):
+            said = f"r {brief(rank)} and lora_alpha {brief(alpha)}"
+            raise ValueError(f"{where}: {said} must be a whole number and one above 0")
         changes, context = _read_changes(folder / CHANGES)
         stabilised = bool(fields.get("use_rslora", False))
         return cls(folder, rank, float(alpha), stabilised, SafetensorsSource(folder / WEIGHTS), changes, context)
@@ -233,8 +235,9 @@ def _read_changes(file: Path) -> tuple[dict[str, Any], int | None]:
     fields = read_json(file)
     changes, context = fields.get("model", {}), fields.get("context")
     unknown = [name for name in changes if name not in _CHANGED] if isinstance(changes, dict) else ["model"]
-    if unknown or not (context is None or (type(context) is int and context >= 1)):
-        raise ValueError(f"{file}: {listed([*unknown, f'context {context!r}'])}: only {', '.join(_CHANGED)} may change")
+    if unknown or not (context is None or (type(context) is int and 1 <= context < 2**31)):
+        faults = listed([*unknown, f"context {brief(context)}"])
+        raise ValueError(f"{file}: {faults}: only {', '.join(_CHANGED)} may change")
     try:
         if changes.get("rope_scaling") is not None:
             changes = {**changes, "rope_scaling": RopeScaling(**changes["rope_scaling"])}
@@ -244,14 +247,19 @@ def _read_changes(file: Path) -> tuple[dict[str, Any], int | None]:
     return changes, context
 
 
+def _is_scale(alpha: Any) -> bool:
+    return isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and 0 < alpha < 1e300
+
+
 def _refuse(fields: Mapping[str, Any], where: Path) -> None:
     """Raises NotImplementedError for what is not plain LoRA."""
     if fields.get("peft_type") != "LORA":
-        raise NotImplementedError(f"{where}: peft_type {fields.get('peft_type')!r} is not supported: only LORA is read")
+        kind = brief(fields.get("peft_type"))
+        raise NotImplementedError(f"{where}: peft_type {kind} is not supported: only LORA is read")
     for name, value in fields.items():
         if name in _NEUTRAL:
             if not any(type(value) is type(x) and value == x for x in _NEUTRAL[name]):
                 rule = " or ".join(map(repr, _NEUTRAL[name]))
-                raise NotImplementedError(f"{where}: {name} {value!r} is not supported; only {rule}")
+                raise NotImplementedError(f"{where}: {name} {brief(value)} is not supported; only {rule}")
         elif name not in _HARMLESS and value:
-            raise NotImplementedError(f"{where}: {name} {value!r} is unknown here; it may change the maths")
+            raise NotImplementedError(f"{where}: {name[:80]} {brief(value)} is unknown here; it may change the maths")

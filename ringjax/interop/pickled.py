@@ -29,6 +29,8 @@ from ringjax.models.vqgan.model import VQGAN
 _DTYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 _ORDERS = {"<": "<", ">": ">", "=": "<", "|": "<"}
 _DEEPEST, _MOST_AXES = 32, 32
+# LWM's has some thousand. One byte of a file can make a dict of 64, so their number is the memory's bound.
+_MOST_OPCODES = 1 << 20
 
 
 def read_pickled_arrays(path: str | os.PathLike) -> dict[str, Any]:
@@ -208,6 +210,8 @@ class _Machine:
         self.path, self.content = path, content
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.made = 0
+        """Bytes of all arrays; a file holds each of them, so there are no more than twice its own."""
 
     def run(self) -> Any:
         """What the pickle holds, with stand-ins."""
@@ -215,7 +219,7 @@ class _Machine:
             try:
                 self._step(name, argument)
             except ValueError as error:
-                raise ValueError(f"{self.path} {error} (byte {at})") from None
+                raise ValueError(f"{self.path} {str(error)[:500]} (byte {at})") from None
             except (IndexError, KeyError, TypeError):
                 raise ValueError(
                     f"{self.path} is no whole pickle: {name} does not fit what is before it (byte {at})"
@@ -229,12 +233,14 @@ class _Machine:
 
     def _opcodes(self):
         try:
-            for opcode, argument, at in pickletools.genops(self.content):
+            for number, (opcode, argument, at) in enumerate(pickletools.genops(self.content)):
+                if number >= _MOST_OPCODES:
+                    raise ValueError(f"more than {_MOST_OPCODES} opcodes")
                 yield opcode.name, argument, at
         except ValueError as error:
             raise ValueError(
-                f"{self.path} is no whole pickle: it breaks off before byte {self.content.tell()} ({error}); fetch it"
-                " again"
+                f"{self.path} is no whole pickle: it breaks off before byte {self.content.tell()} ({str(error)[:300]});"
+                " fetch it again"
             ) from None
 
     def _step(self, name: str, argument: Any) -> None:
@@ -275,11 +281,20 @@ class _Machine:
                     stack.append(_named_global(*self._pop(2)))
                 case "REDUCE":
                     stack.append(_call(*self._pop(2)))
+                    self._count(stack[-1])
                 case "BUILD":
                     (state,) = self._pop(1)
                     _build(stack[-1], state)
+                    self._count(stack[-1])
                 case _:
                     raise ValueError(f"needs {name}; only arrays are read")
+
+    def _count(self, made: Any) -> None:
+        """One string can become any number of arrays, each of them a copy: a small file must not fill the memory."""
+        array = made.array if isinstance(made, _Array) else None
+        self.made += len(made) if isinstance(made, bytes) else 0 if array is None else array.nbytes
+        if self.made > 2 * len(self.content):
+            raise ValueError(f"makes more than {2 * len(self.content)} bytes of arrays, twice those of the file")
 
     def _top(self) -> Any:
         (value,) = self._pop(1)

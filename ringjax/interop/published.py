@@ -7,7 +7,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ringjax.interop.hf_config import Description
 from ringjax.interop.load import load_params
 from ringjax.interop.names import gguf_recipes
 from ringjax.interop.tensors import read_json
+from ringjax.json_text import parse_json
 from ringjax.models.config import ModelConfig
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
@@ -57,10 +57,15 @@ class Published:
         """tokenizer_config.json, with the chat template of its own file, if there is one; empty without."""
         texts = self.tokenizer if isinstance(self.tokenizer, Mapping) else None
         if texts is not None:
-            return json.loads(texts["tokenizer_config.json"])
+            return parse_json(texts["tokenizer_config.json"])
         path, template = self.tokenizer / "tokenizer_config.json", self.tokenizer / "chat_template.jinja"
         found = read_json(path) if path.is_file() else {}
-        return {**found, "chat_template": template.read_text("utf-8")} if template.is_file() else found
+        if not template.is_file():
+            return found
+        try:
+            return {**found, "chat_template": template.read_text("utf-8")}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{template} is not UTF-8 text (byte {error.start})") from None
 
 
 def is_published(path: str | Path) -> bool:

@@ -164,7 +164,7 @@ def _load(path: Path, config: ModelConfig, parallel: Parallel) -> Transformer:
             _check(path, file, wanted)
             leaves = {name: file.get_tensor(name) for name in wanted}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
+        raise ValueError(f"{path} is not a whole safetensors file ({str(error)[:300]}); copy it again") from None
     places = None if parallel.mesh is None else dict(_named(parallel.param_shardings(abstract)))
     loaded = [
         (at, leaf.replace(_placed(leaves[name], config.storage_dtype, places and places[name])))

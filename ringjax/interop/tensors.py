@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,11 +12,14 @@ from typing import Protocol
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ringjax.inside import inside
+from ringjax.json_text import parse_json
+
 Index = tuple[slice, ...]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_SHOWN = 8
+_SHOWN, _LONGEST = 8, 300
 
 
 class TensorSource(Protocol):
@@ -90,9 +92,11 @@ def _files_of(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
             raise ValueError(f"{folder / INDEX} has no weight_map from tensors to files")
         names = sorted(set(wanted.values()))
         for name in names:
-            if Path(name).name != name:
-                raise ValueError(f"{folder / INDEX} names {name!r}, which is not a file of the folder")
-            if not (folder / name).is_file():
+            try:
+                file = inside(folder, name, levels=False)
+            except ValueError as error:
+                raise ValueError(f"{folder / INDEX} names {error}") from None
+            if not file.is_file():
                 raise FileNotFoundError(f"{folder / name} is missing, and {INDEX} names it; fetch the folder again")
         return wanted, [folder / name for name in names]
     if (folder / SINGLE).is_file():
@@ -103,8 +107,8 @@ def _files_of(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
 def read_json(path: str | Path) -> dict:
     """A JSON object; raises ValueError with the place where it breaks off."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(Path(path).read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not whole JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, not an object")
@@ -114,7 +118,7 @@ def read_json(path: str | Path) -> dict:
 def listed(faults: Sequence[str]) -> str:
     """The first faults, and how many more there are."""
     more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-    return "; ".join(faults[:_SHOWN]) + more
+    return "; ".join(fault if len(fault) <= _LONGEST else f"{fault[:_LONGEST]}…" for fault in faults[:_SHOWN]) + more
 
 
 @contextlib.contextmanager
@@ -122,4 +126,5 @@ def _explained(file: Path):
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}); fetch or convert it again") from None
+        said = str(error)[:300]
+        raise ValueError(f"{file} is not a whole safetensors file ({said}); fetch or convert it again") from None

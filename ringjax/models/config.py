@@ -9,9 +9,16 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from ringjax.attention import layouts
+from ringjax.json_text import brief
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Remat = Literal["none", "save_products", "save_feed_forward", "save_attention", "offload", "full"]
+
+
+# Generous bounds, so that a size read from a damaged file is refused before anything is built, or counted, up to it.
+_LARGEST = {"layers": 1 << 12, "heads": 1 << 14, "kv_heads": 1 << 14, "head_dim": 1 << 16, "unroll": 1 << 12}
+_LARGEST_SIZE = (1 << 31) - 1
+_LARGEST_NUMBER = 1e300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,11 @@ class RopeScaling:
                     " model was first trained on"
                 )
             _at_least("rope_scaling.original_max_position", self.original_max_position, 1)
+        for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            _positive(f"rope_scaling.{name}", getattr(self, name))
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None:
+                _at_least(f"rope_scaling.{name}", getattr(self, name), 0.0)
         for slow, fast in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if not 0 < getattr(self, slow) < getattr(self, fast):
                 raise ValueError(
@@ -131,6 +143,7 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("width", "ffn_width", "layers", "heads", "vocab_size", "unroll", "loss_chunk"):
             _at_least(name, getattr(self, name), 1, whole=True)
+        self._check_bounds()
         for name in ("kv_heads", "head_dim", "window", "ffn_chunk"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1, whole=True)
@@ -153,6 +166,26 @@ class ModelConfig:
             )
         self._check_heads()
         self._check_vision()
+
+    def _check_bounds(self) -> None:
+        sizes = (
+            "width",
+            "ffn_width",
+            "vocab_size",
+            "vision_vocab_size",
+            "vision_codes",
+            "window",
+            "sinks",
+            "ffn_chunk",
+            "loss_chunk",
+            "shifted_group",
+        )
+        for name in (*sizes, *_LARGEST):
+            value, most = getattr(self, name), _LARGEST.get(name, _LARGEST_SIZE)
+            if isinstance(value, int) and value > most:
+                raise ValueError(
+                    f"{name} {brief(value)} is more than {most}, the most that is taken for a model's size"
+                )
 
     def _check_groups(self) -> None:
         if self.shifted_group is None:
@@ -268,17 +301,18 @@ class ModelConfig:
 
 def _one_of(name: str, value, choices) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
+        near = difflib.get_close_matches(brief(value), choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, choices))}{hint}")
+        raise ValueError(f"{name} {brief(value)} is not one of {', '.join(map(repr, choices))}{hint}")
 
 
 def _at_least(name: str, value, least: float, whole: bool = False) -> None:
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value < least:
-        raise ValueError(f"{name} {value!r} must be a {'whole ' if whole else ''}number of at least {least}")
+    most = math.inf if whole else _LARGEST_NUMBER
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < most:
+        raise ValueError(f"{name} {brief(value)} must be a {'whole ' if whole else ''}number of at least {least}")
 
 
 def _positive(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name} {value!r} must be a finite number above 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST_NUMBER:
+        raise ValueError(f"{name} {brief(value)} must be a finite number above 0")

@@ -17,6 +17,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ringjax.attention import Reach
+from ringjax.json_text import brief
 from ringjax.models.clip import ACTIVATIONS, ClipConfig, ClipVision
 from ringjax.models.clip.config import Activation
 from ringjax.models.clip.model import affine
@@ -51,13 +52,13 @@ class LlavaConfig:
         for name, choices in (("select", Select), ("activation", Activation)):
             if getattr(self, name) not in get_args(choices):
                 known = ", ".join(map(repr, get_args(choices)))
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {known}")
+                raise ValueError(f"{name} {brief(getattr(self, name))} is not one of {known}")
         if not self.depths or not all(1 <= depth <= self.vision.layers for depth in self.depths):
             raise ValueError(f"depths {self.depths} must be some of 1 … {self.vision.layers}, the vision blocks")
         if isinstance(self.image_token, bool) or not isinstance(self.image_token, int) or self.image_token < 0:
-            raise ValueError(f"image_token {self.image_token!r} must be the id of a token, a whole number from 0")
+            raise ValueError(f"image_token {brief(self.image_token)} must be the id of a token, a whole number from 0")
         if not isinstance(self.projector_bias, bool):
-            raise ValueError(f"projector_bias {self.projector_bias!r} must be true or false")
+            raise ValueError(f"projector_bias {brief(self.projector_bias)} must be true or false")
 
     @property
     def features(self) -> int:

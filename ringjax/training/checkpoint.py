@@ -9,12 +9,13 @@ older one is removed only after a newer one is whole.
 """
 
 import dataclasses
-import errno
 import functools
 import logging
 import re
 import shutil
+import sys
 import threading
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ringjax import disk
+from ringjax.json_text import brief
 from ringjax.models.config import ModelConfig
 from ringjax.models.transformer import Transformer
+from ringjax.training import peers
 from ringjax.training.config import CheckpointConfig, RunConfig
 from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest, write_manifest
 from ringjax.training.typed import build
@@ -31,10 +35,16 @@ from ringjax.training.yaml_tree import to_item
 
 FOLDER = "checkpoints"
 _TEMPORARY = ".orbax-checkpoint-tmp"
+SAVE_SECONDS = 3600
+"""A save that takes longer hangs."""
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says which one, why and what is left."""
+
+
+class DiskError(CheckpointError):
+    """A checkpoint could not be written because of the disk: it is full, read-only or broken."""
 
 
 @functools.cache
@@ -43,7 +53,26 @@ def _orbax():
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     import orbax.checkpoint.experimental.v1 as ocp
 
+    before = sys.unraisablehook
+
+    def hook(raised) -> None:
+        # Where a save fails, tensorstore tells the rest of its futures to a loop that is gone, and prints each.
+        if str(raised.exc_value) != "Event loop is closed":
+            before(raised)
+
+    sys.unraisablehook = hook
     return ocp
+
+
+def _start_saving(path: Path, named: dict[str, Any]):
+    """Orbax's own limits are by the wall clock, which may jump in the meantime: a save that hangs is found by ours.
+
+    Making folders in another thread is waited for with a limit that cannot be set, so it is not asked for.
+    """
+    ocp = _orbax()
+    options = ocp.options.AsyncOptions(timeout_secs=14 * 86400, create_directories_asynchronously=False)
+    with ocp.Context(async_options=options):
+        return ocp.save_checkpointables_async(path, named)
 
 
 def flatten_named(tree: Any) -> dict[str, Any]:
@@ -92,8 +121,15 @@ def last_whole(folder: Path, verify: bool = True, say: Callable[[str], None] = p
 
 def load_arrays(path: Path, name: str, abstract: Any) -> Any:
     """The arrays `name` ("params" or "optimizer") of a checkpoint, placed by the shardings of `abstract`."""
-    loaded = _orbax().load_checkpointables(path.absolute(), {name: flatten_named(abstract)})[name]
-    return unflatten_like(abstract, loaded)
+    try:
+        loaded = _orbax().load_checkpointables(path.absolute(), {name: flatten_named(abstract)})[name]
+        return unflatten_like(abstract, loaded)
+    except Exception as error:  # orbax and tensorstore raise errors of many kinds
+        raise CheckpointError(f"{path}: the arrays {name!r} cannot be read: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 class CheckpointStore:
@@ -112,6 +148,8 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._newest: int | None = None
+        self._bytes = 0
+        self._begun = 0.0
 
     def tidy(self) -> None:
         """Put aside what a kill left behind, so that its step can be saved again. Process 0, before training."""
@@ -140,13 +178,16 @@ class CheckpointStore:
             return
         self._newest = step
         named = {name: flatten_named(tree) for name, tree in arrays.items()}
+        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(named))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            response = _orbax().save_checkpointables_async(path, named)
+            response = _start_saving(path, named)
         except Exception as error:
             self._failure = error
             self.poll()
-        self._thread = threading.Thread(target=self._finish, args=(response, path, info), name="checkpoint")
+        arguments = (response, path, info)
+        self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint", daemon=True)
+        self._begun = time.monotonic()
         self._thread.start()
         if not self._config.asynchronous:
             self.wait()
@@ -169,15 +210,40 @@ class CheckpointStore:
             shutil.rmtree(path, ignore_errors=True)
 
     def poll(self) -> None:
-        """Raises CheckpointError if a save has failed; cheap, called every step."""
+        """Raises CheckpointError if a save has failed, or hangs; cheap, called every step."""
+        if self._thread is not None and self._thread.is_alive() and time.monotonic() - self._begun > SAVE_SECONDS:
+            self._thread = None
+            peers.end_at_once()  # the thread can't be ended
+            raise DiskError(
+                f"saving a checkpoint to {self.folder} has not ended for {SAVE_SECONDS / 60:.0f} minutes; does its disk"
+                " answer? The same command goes on from the last whole one"
+            )
         if self._failure is None:
             return
         failure, self._failure = self._failure, None
+        reason = self._reason(failure)  # first: it says what is free while the unfinished files are there
         if jax.process_index() == 0:
             self._remove_unfinished()
         left = next((p for _, p in step_folders(self.folder) if (p / NAME).exists()), None)
         last = f"the last whole checkpoint is {left}" if left else "there is no whole checkpoint yet"
-        raise CheckpointError(f"saving a checkpoint failed: {_reason(failure, self.folder)}; {last}") from failure
+        kind = CheckpointError if disk.problem(failure) is None else DiskError
+        raise kind(f"saving a checkpoint failed: {reason}; {last}") from failure
+
+    def _reason(self, error: BaseException) -> str:
+        """One line for what went wrong; what is wrong with a disk is named as such."""
+        problem = disk.problem(error)
+        if problem is None:
+            return _line(error)
+        what = disk.named(error) or f"step_{self._newest:08d}"
+        try:
+            room = disk.free(self.folder)
+        except OSError as second:
+            room = f"what is free cannot be told: {second}"
+        out = "free some space" if "full" in problem else "mend that"
+        return (
+            f"the disk of {self.folder} {problem}; {out} and run the same command again: {what} of a checkpoint of"
+            f" {disk.megabytes(self._bytes)} could not be written ({room})"
+        )
 
     def _remove_unfinished(self) -> None:
         for path in self.folder.glob(f"*{_TEMPORARY}*"):
@@ -189,21 +255,10 @@ class CheckpointStore:
     def wait(self) -> None:
         """Wait for the running save, and raise CheckpointError if it failed."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(max(0.0, self._begun + SAVE_SECONDS + 1 - time.monotonic()))
+            if not self._thread.is_alive():
+                self._thread = None
         self.poll()
-
-
-def _reason(error: BaseException, folder: Path) -> str:
-    """One line for what went wrong; a full disk is named as such."""
-    chain, seen = error, []
-    while chain is not None and len(seen) < 10:
-        seen.append(chain)
-        chain = chain.__cause__ or chain.__context__
-    text = " ".join(str(e) for e in seen)
-    if any(getattr(e, "errno", None) == errno.ENOSPC for e in seen) or re.search("no space left|ENOSPC", text, re.I):
-        return f"the disk of {folder} is full; free some space and run the same command again"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def find_checkpoint(
@@ -250,9 +305,15 @@ def _last_of_stage(run_dir: str | Path, folder: Path, stage: str, say: Callable[
 
 def run_of(info: dict[str, Any], path: Path) -> RunConfig:
     """The config of the transformer's run that a checkpoint is of, from its manifest."""
-    if "vqgan" in info["config"]:
+    saved, stage = info.get("config"), info.get("stage")
+    if saved is None or stage is None:
+        raise CheckpointError(f"{path} does not say of which run and stage it is; it is no checkpoint of a run")
+    if "vqgan" in saved:
         raise CheckpointError(f"{path} is of an image tokenizer's run; load its tokenizer.safetensors")
-    return build(RunConfig, to_item(info["config"], f"{path.name}/{NAME}"))
+    run = build(RunConfig, to_item(saved, f"{path.name}/{NAME}"))
+    if not 0 <= stage < len(run.stage_list):
+        raise CheckpointError(f"{path} is of stage {brief(stage)}, and its run has {len(run.stage_list)}")
+    return run
 
 
 def restore_model(
@@ -278,7 +339,7 @@ def for_inference(config: ModelConfig) -> ModelConfig:
 def restore_params(path: Path, info: dict[str, Any], model: Any, parallel: Any = None) -> Any:
     """The abstract `model` (or another module) with the parameters of a checkpoint."""
     graph, abstract = nnx.split(model)
-    check_same_arrays(info["parameters"], describe_arrays(abstract), str(path))
+    check_same_arrays(info.get("parameters", {}), describe_arrays(abstract), str(path))
     return nnx.merge(graph, load_arrays(path, "params", placed(abstract, parallel)))
 
 

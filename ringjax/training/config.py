@@ -191,6 +191,14 @@ class DistributedConfig:
     """Which one this is (or JAX_PROCESS_ID)."""
     detect: bool = True
     """Whether to look for a cluster."""
+    heartbeat_seconds: int = 60
+    """A process that is silent for so long is given up: the others name it and end with exit code 69."""
+    start_seconds: int = 300
+    """How long to wait at the start until all processes are there."""
+
+    def __post_init__(self):
+        for name in ("heartbeat_seconds", "start_seconds"):
+            _require(getattr(self, name) >= 3, f"{name} is {getattr(self, name)}; it must be at least 3")
 
 
 @dataclasses.dataclass(frozen=True)

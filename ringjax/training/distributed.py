@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ringjax.training import peers
 from ringjax.training.config import DistributedConfig
 
 log = logging.getLogger(__name__)
@@ -37,14 +38,25 @@ def start(config: DistributedConfig) -> None:
     if not missing:
         if not 0 <= index < processes:
             raise ValueError(f"distributed.process_index {index} must be 0 to processes - 1 ({processes - 1})")
-        jax.distributed.initialize(coordinator, processes, index)
+        with peers.joining(coordinator, index, config.start_seconds):
+            jax.distributed.initialize(coordinator, processes, index, **_patience(config))
     elif config.detect and _cluster_detected():
-        jax.distributed.initialize(**{"coordinator_address": coordinator} if coordinator else {})
+        known = {"coordinator_address": coordinator} if coordinator else {}
+        with peers.joining(coordinator, index, config.start_seconds):
+            jax.distributed.initialize(**known, **_patience(config))
     elif len(missing) < len(given):
         raise ValueError(
             f"distributed: {', '.join(missing)} missing and no cluster was detected; give coordinator, processes and"
             " process_index, or none of them"
         )
+
+
+def _patience(config: DistributedConfig) -> dict[str, int]:
+    """JAX's own timeouts; its heartbeats come later than those of `ringjax.training.peers`, which say who is lost."""
+    return {
+        "initialization_timeout": config.start_seconds,
+        "heartbeat_timeout_seconds": max(100, 2 * config.heartbeat_seconds),
+    }
 
 
 def _number(name: str, value: int | None, variable: str) -> int | None:

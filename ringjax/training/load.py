@@ -69,6 +69,8 @@ def parse_run(
     text: str, origin: str = "config", overrides: Overrides = (), open_start: OpenStart | None = None
 ) -> RunConfig | TokenizerRun:
     """`load_run` of a text."""
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"{origin} has {len(text)} characters; a config has at most {MAX_BYTES}")
     tree = parse_yaml(text, origin)
     for key, value in overrides:
         tree = set_path(tree, key.split("."), parse_value(value, f"--{key}"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ringjax import accelerator
 from ringjax.training import agreement, distributed
@@ -24,12 +25,16 @@ from ringjax.training.checkpoint import (
     describe_arrays,
     last_whole,
     load_arrays,
+    step_folders,
 )
 from ringjax.training.config import RunConfig
 from ringjax.training.image_tokenizer.config import TokenizerRun
 from ringjax.training.load import to_yaml
+from ringjax.training.manifest import NAME
 from ringjax.training.mesh import make_mesh, simulate_devices
-from ringjax.training.metrics import MetricsWriter
+from ringjax.training.metrics import MetricsWriter, missing_steps
+from ringjax.training.out_of_memory import explained
+from ringjax.training.peers import Watch, is_agreed
 from ringjax.training.plot import plot_loss
 from ringjax.training.progress import Quiet, format_count, make_display
 from ringjax.training.stage import StageLoop
@@ -44,11 +49,17 @@ def train(config: RunConfig | TokenizerRun, open_start: OpenStart | None = None)
     """Train `config`, from its last checkpoint if there is one, and return the run's folder.
 
     `open_start` (`ringjax.interop.start`) reads a published model, where `init_from` names one.
-    Raises ConfigError before anything runs, Preempted after a signal (saved), BadLoss for NaN and spikes, and
-    CheckpointError when a checkpoint cannot be written or is of another model.
+    Raises ConfigError before anything runs, Preempted after a signal (saved), BadLoss for NaN and spikes, OutOfMemory,
+    and CheckpointError when a checkpoint cannot be written or is of another model. Where another process is lost, this
+    one ends with exit code 69 (`ringjax.training.peers`).
     """
     simulate_devices(max(stage.mesh.simulated_devices for stage in config.stage_list))
     distributed.start(config.distributed)
+    with Watch(config.distributed):
+        return _train(config, open_start)
+
+
+def _train(config: RunConfig | TokenizerRun, open_start: OpenStart | None) -> Path:
     agreement.require_same("versions and config", lambda: agreement.software() | agreement.settings(config))
     agreement.require_same("devices", agreement.devices)
     tasks = make_tasks(config)
@@ -132,9 +143,11 @@ class Run(contextlib.AbstractContextManager):
         self.first_stage = 0
         self.notes: dict[str, Any] = {}
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         try:
-            self.store.wait()  # whatever ended the run, a save that has begun is worth its end
+            # Whatever ended the run, a save that has begun is worth its end, where the other processes take part in it.
+            if jax.process_count() == 1 or error is None or is_agreed(error):
+                self.store.wait()
         except CheckpointError as second:
             self.display.say(str(second))
         self.display.close()
@@ -155,6 +168,9 @@ class Run(contextlib.AbstractContextManager):
             for name, content in self.tasks[-1].files().items():
                 _write(self.folder / name, content)
             self.writer = MetricsWriter(self.folder, step, self.config.logging.tensorboard)
+            if lost := missing_steps(self.writer.history, step):
+                path = self.folder / "metrics.jsonl"
+                self.display.say(f"{path} lacks {len(lost)} of {step} steps (the first: {lost[0]}); somebody cut it")
         devices = jax.devices()
         self.display.say(f"{self.folder}: {len(devices)} × {devices[0].device_kind}, {jax.process_count()} process(es)")
         if devices[0].platform == "gpu":
@@ -165,6 +181,12 @@ class Run(contextlib.AbstractContextManager):
     def _find(self) -> list | None:
         self.folder.mkdir(parents=True, exist_ok=True)
         found = last_whole(self.store.folder, self.config.checkpoint.verify, self.display.say)
+        damaged = [path for _, path in step_folders(self.store.folder) if (path / NAME).exists()]
+        if found is None and damaged:
+            raise CheckpointError(
+                f"no checkpoint of {self.store.folder} is whole, and {len(damaged)} were: bring back one of them from a"
+                " copy, or use another run_dir to begin anew"
+            )
         self.store.tidy()
         return None if found is None else [str(found[0]), found[1]]
 
@@ -197,13 +219,19 @@ class Run(contextlib.AbstractContextManager):
         task, start = self.tasks[index], self._starts()[index]
         mesh = make_mesh(task.mesh_shape)
         trainer = task.trainer(mesh, self.config.seed, start)
+        with explained(task.stage, trainer.abstract):
+            self._train(index, mesh, trainer, signals)
+
+    def _train(self, index: int, mesh: Mesh, trainer: Trains, signals: StopSignals) -> None:
+        task, start = self.tasks[index], self._starts()[index]
         info = self.resumed[1] if self.resumed and self.resumed[1]["step"] > start else None
         done = info["step"] if info else start
         self.state = self._enter(trainer, task, start)
         self._announce(task, mesh, trainer)
         with task.feed(mesh, self.config.seed + index, info and info["loader"], self.display.say) as feed:
             self.display.start_stage(task.stage.name, done - start, task.stage.training.steps)
-            StageLoop(self, index, task, start, trainer, feed, info["losses"] if info else []).run(done, signals)
+            owed = bool(info) and info.get("evaluation_owed", False)
+            StageLoop(self, index, task, start, trainer, feed, info["losses"] if info else []).run(done, signals, owed)
 
     def _enter(self, trainer: Trains, task: Task, start: int) -> TrainState:
         """The state at the beginning of a stage: restored, carried over from the stage before, or new."""

@@ -3,8 +3,9 @@
     {"step": 12, "stage": "train", "loss": 3.2, "text_loss": 3.1, "vision_loss": 3.4, "grad_norm": 0.8, …}
     {"step": 12, "eval": {"sample:digits": {"loss": 3.3, …}}}
 
-Lines are written in order and flushed one by one, so that a killed run leaves at most one cut line. A resumed run first
-drops what lies beyond its checkpoint: no step is missing or doubled.
+Lines are written in order, each in one move, so that a killed run leaves at most one cut line; before a checkpoint is
+made they are put on the disk. A resumed run first drops what lies beyond its checkpoint: no step is missing or doubled,
+and what somebody else has cut out of the file is said.
 """
 
 import json
@@ -12,6 +13,8 @@ import math
 import os
 from pathlib import Path
 from typing import Any
+
+from ringjax.json_text import parse_json
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -22,33 +25,48 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line)
+        except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
     return records
 
 
 def truncate_metrics(path: str | Path, last_step: int) -> list[dict[str, Any]]:
-    """Keep the records up to `last_step`; the file is replaced in one move. Returns what was kept."""
+    """Keep the records up to `last_step`, one of each kind a step; the file is replaced in one move.
+
+    Returns what was kept.
+    """
     path = Path(path)
-    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
+    found = {(record["step"], "eval" in record): record for record in read_metrics(path)}
+    kept = [record for (step, _), record in found.items() if step <= last_step]
     if path.exists():
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write("".join(_line(record) for record in kept))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     return kept
 
 
+def missing_steps(records: list[dict[str, Any]], last_step: int) -> list[int]:
+    """Steps up to `last_step` of which there is no record."""
+    there = {record["step"] for record in records if "eval" not in record}
+    return [step for step in range(1, last_step + 1) if step not in there]
+
+
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN: such a value is written as null."""
     if isinstance(value, dict):
         return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_finite(child) for child in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -60,15 +78,24 @@ class MetricsWriter:
         self._board = _board(run_dir, last_step) if tensorboard else None
         path = run_dir / "metrics.jsonl"
         self.history = truncate_metrics(path, last_step)
-        self._file = path.open("a", encoding="utf-8")
+        # Without a buffer: one that a full disk did not take would be written again when the file is closed.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it must have a `step`."""
-        self._file.write(_line(_finite(record)))
-        self._file.flush()
+        """Append one record; it must have a `step`. Raises OSError where the disk does not take it."""
+        line = _line(_finite(record)).encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from None
         if self._board is not None:
             for name, value in _flat(record):
                 self._board.add_scalar(name, value, record["step"])
+
+    def sync(self) -> None:
+        """Wait until the disk has what was written."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -43,9 +43,14 @@ class StageLoop:
         self.lag = 0 if is_simulated() else 1
         self.parameters = count_parameters(trainer.abstract.params)
 
-    def run(self, done: int, signals: StopSignals) -> None:
-        """Steps `done` + 1 … of the stage; saves at the end."""
+    def run(self, done: int, signals: StopSignals, owed: bool = False) -> None:
+        """Steps `done` + 1 … of the stage; saves at the end.
+
+        `owed`: a signal came after step `done`, so its evaluation was left for now.
+        """
         every, eval_every = self.owner.config.checkpoint.every, self.stage.training.eval_every
+        if owed:
+            self.evaluate(done)
         for step in range(done + 1, self.end + 1):
             fed = self._next(step)
             self.owner.state, metrics = self.trainer.step(self.owner.state, self.feed.place(fed.rows))
@@ -56,7 +61,8 @@ class StageLoop:
             self.report(keep=self.lag)
             self.owner.store.poll()
             signal = signals.received(step)
-            if eval_every and (step % eval_every == 0 or step == self.end) and not signal:
+            owed = bool(eval_every) and (step % eval_every == 0 or step == self.end)
+            if owed and not (signal and step < self.end):
                 self.report(keep=0)
                 self.evaluate(step)  # before the checkpoint, so that a resume from it has the evaluation behind it
             if step == self.end:
@@ -64,7 +70,7 @@ class StageLoop:
                 self.finish()  # before the last checkpoint: a run that is whole has what it leaves
             if step % every == 0 or step == self.end or signal:
                 self.report(keep=0)  # a state is saved only after its loss was seen
-                self.save(step, fed)
+                self.save(step, fed, owed=bool(signal) and owed and step < self.end)
             if signal:
                 self.owner.store.wait()
                 raise Preempted(f"{signal} at step {step}: saved; the same command goes on from there")
@@ -99,9 +105,11 @@ class StageLoop:
             self.owner.writer.write(record)
         self.owner.display.step(record)
 
-    def save(self, step: int, fed: Fed) -> None:
-        """Start a checkpoint of the state after `step`."""
+    def save(self, step: int, fed: Fed, owed: bool = False) -> None:
+        """Start a checkpoint of the state after `step`; `owed`: the evaluation of that step is still to be made."""
         state = self.owner.state
+        if self.owner.writer is not None:
+            self.owner.writer.sync()  # a machine that fails must not have the checkpoint and lack its steps
         info = {
             "step": step,
             "stage": self.index,
@@ -111,6 +119,7 @@ class StageLoop:
             "optimizer": describe_arrays(state.optimizer),
             "losses": self.guard.losses,
             "notes": self.owner.notes,
+            "evaluation_owed": owed,
         }
         if self.owner.base is not None:
             info["base"] = self.owner.base

@@ -11,9 +11,12 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+from ringjax.json_text import brief
 from ringjax.training.yaml_tree import ConfigError, Item, kind_of
 
 Config = TypeVar("Config")
+_LARGEST = 1 << 1000  # what a float holds
+_LONGEST_KEY, _LONGEST_LINE = 200, 2000  # characters of a message
 
 
 def build(cls: type[Config], item: Item) -> Config:
@@ -92,12 +95,12 @@ class _Reader:
         if len(trials) == 1 or isinstance(item.value, dict):
             self.problems += min(trials, key=len)
             return _FAILED
-        return self.fail(item, f"{path}: {item.value!r} is none of {', '.join(_name(kind) for kind in kinds)}")
+        return self.fail(item, f"{path}: {_show(item.value)} is none of {', '.join(_name(kind) for kind in kinds)}")
 
     def literal(self, choices: tuple, item: Item, path: str) -> Any:
         if item.value in choices and not isinstance(item.value, bool):
             return item.value
-        near = difflib.get_close_matches(str(item.value), [str(choice) for choice in choices], 1)
+        near = difflib.get_close_matches(str(item.value)[:_LONGEST_KEY], [str(choice) for choice in choices], 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return self.fail(item, f"{path}: {_show(item.value)} is not one of {', '.join(map(repr, choices))}{hint}")
 
@@ -127,7 +130,7 @@ class _Reader:
             return value
         if kind is int and is_number and (isinstance(value, int) or value.is_integer()):
             return int(value)
-        if kind is float and is_number:
+        if kind is float and is_number and (isinstance(value, float) or abs(value) < _LARGEST):
             return float(value)
         if kind is str and isinstance(value, str):
             return value
@@ -142,6 +145,7 @@ def _required(field: dataclasses.Field) -> bool:
 
 
 def _unknown(path: str, key: str, fields: dict) -> str:
+    key, path = key[:_LONGEST_KEY], path[:_LONGEST_KEY]
     near = difflib.get_close_matches(key.replace("-", "_"), fields, 1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"keys here: {', '.join(fields)}"
     return f"unknown key {path!r}; {hint}"
@@ -151,7 +155,7 @@ def _lines(error: Exception) -> list[str]:
     """One line for each problem an exception speaks of; pydantic's errors hold several."""
     if hasattr(error, "errors") and callable(error.errors):
         return [f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors()]
-    return [" ".join(str(error).split())]
+    return [" ".join(str(error)[:_LONGEST_LINE].split())]
 
 
 def _join(path: str, key: str) -> str:
@@ -159,7 +163,7 @@ def _join(path: str, key: str) -> str:
 
 
 def _show(value: Any) -> str:
-    return repr(value) if not isinstance(value, (dict, list)) else kind_of(value)
+    return brief(value) if not isinstance(value, (dict, list)) else kind_of(value)
 
 
 def _name(kind: Any) -> str:

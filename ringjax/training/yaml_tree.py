@@ -10,14 +10,18 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ringjax.json_text import brief
+
 # A config is small; a file that expands to more than this through YAML aliases is an attack or a mistake.
 MAX_ITEMS = 20_000
 MAX_DEPTH = 32
+MOST_SHOWN = 50
+"""Problems in one message."""
 
 _NULL = re.compile(r"~|null|Null|NULL|")
-_INT = re.compile(r"[-+]?[0-9][0-9_]*")
+_INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 # YAML 1.1 reads 1e-4 as a string, which is never meant here.
-_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.?(inf|nan)")
+_FLOAT = re.compile(r"[-+]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.?(inf|nan)")
 
 
 class ConfigError(ValueError):
@@ -25,7 +29,8 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: list[str] | str):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
+        more = len(self.problems) - MOST_SHOWN
+        super().__init__("\n".join([*self.problems[:MOST_SHOWN], *([f"and {more} more problems"] if more > 0 else [])]))
 
 
 class Item(NamedTuple):
@@ -37,18 +42,38 @@ class Item(NamedTuple):
 
 def parse_yaml(text: str, origin: str) -> Item:
     """The tree of `text`; raises ConfigError for what is not a plain YAML mapping."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{origin} line {mark.line + 1}" if mark else origin
-        raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    root = _composed(text, origin)
     if root is None:
         return Item({}, origin)
     item = _TreeReader(origin).read(root, 1, 0)
     if not isinstance(item.value, dict):
         raise ConfigError(f"{origin}: a config is a mapping of sections, not {kind_of(item.value)}")
     return item
+
+
+def _composed(text: str, origin: str) -> yaml.Node | None:
+    """The nodes of `text`, whose number and depth are known before any is made: PyYAML calls itself for each level."""
+    try:
+        depth = 0
+        for number, event in enumerate(yaml.parse(text, Loader=_Parser), 1):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or number > 2 * MAX_ITEMS:
+                line = event.start_mark.line + 1
+                raise ConfigError(f"{origin} line {line}: the config has over {MAX_ITEMS} values or {MAX_DEPTH} levels")
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{origin} line {mark.line + 1}" if mark else origin
+        raise ConfigError(f"{place}: not valid YAML: {str(getattr(error, 'problem', None) or error)[:200]}") from None
+
+
+class _Parser(yaml.SafeLoader):
+    """Stops at brackets that are nested too deeply, in which scanner and parser call each other."""
+
+    def fetch_flow_collection_start(self, token_class):
+        if self.flow_level >= MAX_DEPTH:
+            raise yaml.scanner.ScannerError(None, None, f"more than {MAX_DEPTH} levels of brackets", self.get_mark())
+        super().fetch_flow_collection_start(token_class)
 
 
 class _TreeReader:
@@ -63,7 +88,7 @@ class _TreeReader:
         if self.count > MAX_ITEMS or depth > MAX_DEPTH:
             raise ConfigError(f"{where}: the config has over {MAX_ITEMS} values or {MAX_DEPTH} levels")
         if node.tag.startswith("!") or "python" in node.tag:
-            raise ConfigError(f"{where}: the tag {node.tag!r} is not allowed; write plain YAML values")
+            raise ConfigError(f"{where}: the tag {node.tag[:80]!r} is not allowed; write plain YAML values")
         if isinstance(node, yaml.MappingNode):
             return Item(self._mapping(node, where, line, depth), where)
         if isinstance(node, yaml.SequenceNode):
@@ -77,7 +102,7 @@ class _TreeReader:
             key = str(key_node.value)
             if key in entries:
                 place = f"{self.origin} line {key_line}"
-                raise ConfigError(f"{place}: key {key!r} was already given at {entries[key].where}")
+                raise ConfigError(f"{place}: key {key[:80]!r} was already given at {entries[key].where}")
             entries[key] = self.read(value_node, key_line, depth + 1)
         return entries
 
@@ -100,7 +125,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
 def parse_value(text: str, origin: str) -> Item:
     """The item of a value given on the command line, in YAML's flow style."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Parser)
     except yaml.YAMLError:
         return Item(text, origin)
     return Item(None, origin) if node is None else _TreeReader(origin).read(node, 0, 0)
@@ -153,4 +178,4 @@ def set_path(root: Item, path: list[str], leaf: Item) -> Item:
 def kind_of(value: Any) -> str:
     """What a value is, in the words of a message."""
     names = {dict: "a mapping", list: "a list", type(None): "nothing"}
-    return names.get(type(value), repr(value))
+    return names.get(type(value)) or brief(value)

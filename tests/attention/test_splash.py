@@ -59,8 +59,10 @@ def check(arrays, mask: str, found=None, **options):
         assert getattr(errors, name) <= limit, (mask, name, errors, rounding)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("dtype, heads", [
+    (jnp.float32, (4, 4)), (jnp.float32, (4, 2)), (jnp.float32, (4, 1)), (jnp.bfloat16, (4, 2)),
+    *(pytest.param(jnp.bfloat16, heads, marks=pytest.mark.slow) for heads in [(4, 4), (4, 1)]),
+])  # fmt: skip
 def test_equals_float64(heads, dtype):
     arrays = cases.inputs(BATCH, LENGTH, *heads, HEAD_DIM, V_DIM, dtype)
     for mask in MASKS:
@@ -183,8 +185,10 @@ def test_lengths_are_padded_as_little_as_tiles_allow(length, at_most, cut):
     assert (found.size, found.count) == cut and found.padded >= length
 
 
-@pytest.mark.parametrize("unroll", [True, False], ids=["unrolled", "scan"])
-@pytest.mark.parametrize("layout", rj.layouts.LAYOUTS)
+@pytest.mark.parametrize("layout, unroll", [
+    ("contiguous", False), ("striped", False), ("zigzag", True),
+    *(pytest.param(layout, layout != "zigzag", marks=pytest.mark.slow) for layout in rj.layouts.LAYOUTS),
+])  # fmt: skip
 def test_ring(layout, unroll):
     """What the hops of each layout make of every mask. `check_vma` is off: Pallas' interpreter cannot work with it."""
     ring_size, length = 4, 1024

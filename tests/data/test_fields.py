@@ -195,3 +195,24 @@ def test_faults_name_place_and_field(row, fault):
         encoder().encode_line(row, None, 0, "data.jsonl line 3")
     assert str(error.value).startswith("data.jsonl line 3: ") and fault in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spec, fault",
+    [
+        ("a\x007\x00b", "holds the character NUL"),
+        ('"' + '\\"' * 60_000, "characters, more than 4096"),
+        ("a," * 3000, "4096"),
+    ],
+    ids=["nul", "quotes", "long"],
+)
+def test_specs_that_no_one_means(spec, fault):
+    with pytest.raises(ValueError, match=fault):
+        parse(spec)
+    with pytest.raises(DataError, match=f"line 1: fields .*{fault}"):
+        encoder().encode_line({"a": "x", "fields": spec}, None, 0, "line 1")
+
+
+def test_half_a_surrogate_pair_in_words_of_a_spec():
+    with pytest.raises(DataError, match="line 1: field .* holds half of a surrogate pair"):
+        encoder().encode_line({"a": "x", "fields": '"\\ud800"+a'}, None, 0, "line 1")

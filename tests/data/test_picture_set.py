@@ -150,3 +150,13 @@ def test_nothing_that_can_be_read_is_said(tmp_path):
     assert len(DecodedSet(files, FORM, left_out)) == 0
     with pytest.raises(DataError, match="none of 1 pictures can be read"):
         PictureSet(files, FORM, left_out)[[0]]
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "/etc/hostname", "sub/../../outside.png", "x" * 300, "\0"])
+def test_a_name_leads_nowhere_but_into_the_folder(tmp_path, name):
+    drawn(0).save(tmp_path / "outside.png")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    path = write_captions(folder, [{"file": name, "caption": "a"}])
+    with pytest.raises(DataError, match="line 1: file .*(leads out of the folder|is no name|longer than)"):
+        files_of(path)

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ringjax.data import pictures
 from ringjax.data.errors import DataError
-from ringjax.data.pictures import read_frames
+from ringjax.data.pictures import count_frames, read_frames
+from tests.fuzz.seeds import blank_png, many_frames_gif, many_frames_png
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -135,3 +137,44 @@ def test_damaged_files_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
     with pytest.raises(DataError, match="a.png cannot be read: .*exceeds limit"):
         read_frames(tmp_path / "a.png", 16)
+
+
+def refused(path, content: bytes, **options) -> str:
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read_frames(path, 16, **options)
+    assert path.name in str(error.value)
+    return str(error.value)
+
+
+def test_claimed_frames_must_fit_into_the_file(tmp_path):
+    """2 ** 31 − 1 frames in 300 bytes: a list of their numbers alone took 16 GB."""
+    told = refused(tmp_path / "a.png", many_frames_png(2**31 - 1))
+    assert "claims 2147483647 frames in" in told
+    with pytest.raises(DataError, match="claims 2147483647 frames"):
+        count_frames(tmp_path / "a.png")
+
+
+def test_pictures_that_are_small_in_the_file_and_large_in_memory(tmp_path, monkeypatch):
+    assert "9000 × 9000 pixels, more than 67108864" in refused(tmp_path / "a.png", blank_png(9000, 9000))
+    assert "8000 × 8000 pixels, more than 33554432" in refused(tmp_path / "a.gif", many_frames_gif(2, 8000))
+    monkeypatch.setattr(pictures, "MOST_FRAMES", 10)
+    assert "a.gif has 11 frames, more than 10" in refused(tmp_path / "a.gif", many_frames_gif(11))
+    monkeypatch.setattr(pictures, "MOST_CLIP_PIXELS", 1000)
+    assert "2560 pixels in 10 frames of 16 × 16, more than 1000" in refused(tmp_path / "a.gif", many_frames_gif(10))
+    monkeypatch.undo()
+    monkeypatch.setattr(pictures, "MOST_BYTES", 2000)
+    told = refused(tmp_path / "a.gif", many_frames_gif(3))
+    assert "takes 2304 bytes as 3 frames of 16 × 16, more than 2000; give max_frames" in told
+    assert read_frames(tmp_path / "a.gif", 16, max_frames=2).shape == (2, 16, 16, 3)
+
+
+def test_a_cut_block_of_a_gif_is_named(tmp_path):
+    """Pillow 13 raises struct.error."""
+    whole = many_frames_gif(2)
+    for size in range(14, len(whole)):
+        (tmp_path / "a.gif").write_bytes(whole[:size])
+        try:
+            read_frames(tmp_path / "a.gif", 16)
+        except DataError as error:
+            assert "a.gif" in str(error)

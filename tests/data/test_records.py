@@ -94,7 +94,7 @@ def test_a_cut_shard_of_the_right_size_is_named(folder):
     shard = folder / "00001.array_record"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:1000] + bytes(len(whole) - 1000))
-    with pytest.raises(DataError, match="00001.array_record has .* records instead of 10; it is damaged"):
+    with pytest.raises(DataError, match="00001.array_record has .*; it is damaged"):
         RecordReader(folder)
 
 
@@ -122,6 +122,9 @@ def test_a_garbled_record_is_named(folder):
         (lambda meta: meta.pop("shards"), "no description"),
         (lambda meta: meta.update(shards=[]), "has no examples"),
         (lambda meta: meta["shards"][0].update(file="../x"), "'../x' is not a file of the folder"),
+        (lambda meta: meta["shards"][0].update(file="x" * 300), "longer than a file's name can be"),
+        (lambda meta: meta["shards"][0].update(file="\0"), "is no name of a file"),
+        (lambda meta: meta["shards"][0].update(examples=10**30), "has 1000000000000000000000000000000 examples in"),
         (lambda meta: meta["shards"][0].update(examples="15"), "no description"),
         (lambda meta: meta["shards"][0].update(examples=14), "has 15 records instead of 14"),
     ],
@@ -131,6 +134,22 @@ def test_a_garbled_description_is_refused(folder, change, fault):
     change(meta)
     (folder / META).write_text(json.dumps(meta))
     with pytest.raises(ValueError, match=fault):
+        RecordReader(folder)
+
+
+def test_a_description_that_is_nested_without_end(folder):
+    (folder / META).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="no description"):
+        RecordReader(folder)
+
+
+def test_a_record_that_unpacks_to_gigabytes_is_refused_unread(folder, monkeypatch):
+    monkeypatch.setattr("ringjax.data.chunks.MOST_BYTES", 1 << 20)
+    shard = write_shard(folder / "00000.array_record", [bytes(1 << 21)])
+    meta = json.loads((folder / META).read_text())
+    meta["shards"] = [dataclasses.asdict(shard)]
+    (folder / META).write_text(json.dumps(meta))
+    with pytest.raises(DataError, match="00000.array_record has a chunk of 1 records and 2097152 bytes"):
         RecordReader(folder)
 
 

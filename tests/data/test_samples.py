@@ -25,15 +25,16 @@ def test_files_are_as_recorded():
 
 
 def test_every_file_is_recorded():
-    unrecorded = {"__init__.py", "README.md", "manifest.json"}
-    found = {file.name for file in samples.FOLDER.iterdir() if file.is_file()} - unrecorded
-    assert found == set(samples.manifest())
+    files = {file.relative_to(samples.FOLDER) for file in samples.FOLDER.rglob("*") if file.is_file()}
+    found = {file.as_posix() for file in files if file.parts[0] not in ("licenses", "__pycache__")}
+    assert found - {"__init__.py", "README.md", "manifest.json"} == set(samples.manifest())
 
 
 def test_package_stays_small():
-    sizes = {file.name: file.stat().st_size for file in samples.FOLDER.rglob("*") if file.is_file()}
-    assert sum(sizes.values()) <= 5e6
-    assert all(size <= 2e6 for name, size in sizes.items() if name.endswith(".safetensors"))
+    sizes = {file: file.stat().st_size for file in samples.FOLDER.rglob("*") if file.is_file()}
+    model = {file: size for file, size in sizes.items() if "any_to_any" in file.parts}
+    assert sum(model.values()) <= 20e6
+    assert sum(sizes.values()) - sum(model.values()) <= 5e6
 
 
 def test_each_sample_from_elsewhere_has_a_notice():
@@ -104,7 +105,7 @@ def test_unknown_split(read):
 
 
 def test_unknown_file():
-    with pytest.raises(ValueError, match="no sample file '../secret'; there are digits.npz"):
+    with pytest.raises(ValueError, match="no sample file '../secret'; there are .*digits.npz"):
         samples.path("../secret")
 
 

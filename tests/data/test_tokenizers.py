@@ -6,6 +6,7 @@ import pytest
 
 from ringjax.data import samples
 from ringjax.data.tokenizers import ByteTokenizer, JsonTokenizer, TextTokenizer, load_tokenizer, tokenizer_files
+from tests.interop.tokenizers_small import tokenizer_json
 
 TEXTS = ["It is a truth universally acknowledged,", " spaces ", "naïve 字 🙂", "<s> not </s> special <pad>"]
 
@@ -117,3 +118,26 @@ def test_the_files_of_a_tokenizer_make_it_again(tmp_path, spec):
     a, b = load_tokenizer(spec), load_tokenizer(str(copy))
     assert (a.fingerprint, a.bos_id, a.eos_id, a.pad_id) == (b.fingerprint, b.bos_id, b.eos_id, b.pad_id)
     assert tokenizer_files("bytes") == {}
+
+
+def test_a_library_that_panics_is_a_fault_of_the_file(tmp_path):
+    """tokenizers 0.23: a charsmap that says it is longer than it is ends in a panic, which is no Exception."""
+    made = json.loads(tokenizer_json())
+    made["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match="tokenizer.json (is not a whole tokenizer.json|cannot encode this text)"):
+        load_tokenizer(str(tmp_path)).encode("abc")
+
+
+def test_settings_that_are_nested_without_end(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="tokenizer_config.json is not whole JSON: nested"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_bytes_that_are_no_text_in_a_sentencepiece_model(tmp_path):
+    """Its fault, told in those bytes, was no text either."""
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x07\x0a\x05<unk>\x0a\x03\x0a\x01\xff\x0a\x03\x0a\x01\xff")
+    with pytest.raises(ValueError, match="tokenizer.model is not a whole SentencePiece model"):
+        load_tokenizer(str(tmp_path))

@@ -143,3 +143,18 @@ def test_excerpts_are_spread(form):
     hay = small.haystack(form)
     starts = {tuple(hay.excerpt(5, np.random.default_rng(i))) for i in range(20)}
     assert len(starts) > 10 and hay.excerpt(len(hay.ids), np.random.default_rng(0)) == hay.ids.tolist()
+
+
+def test_a_haystack_that_unpacks_without_end_is_cut_off(tmp_path, monkeypatch):
+    import gzip
+
+    monkeypatch.setattr("ringjax.evaluation.haystack.MOST_TEXT", 1 << 16)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a" * (1 << 16)))
+    assert len(read_texts(str(tmp_path / "a.txt.gz"))[0]) == 1 << 16
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a" * (1 << 22)))
+    with pytest.raises(ValueError, match="a.txt.gz unpacks to more than 65536 bytes"):
+        read_texts(str(tmp_path / "a.txt.gz"))
+    for content in (gzip.compress(b"abc")[:-9] + b"\xff" * 20, b"\x1f\x8b\x08\x00" + b"\xff" * 30, b"\x1f\x8b"):
+        (tmp_path / "a.txt.gz").write_bytes(content)
+        with pytest.raises(ValueError, match="a.txt.gz is not UTF-8 text"):
+            read_texts(str(tmp_path / "a.txt.gz"))

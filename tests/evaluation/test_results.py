@@ -107,3 +107,46 @@ def test_the_table():
         and values[1].tolist() == [1.0, 0.5]
         and values[0, 0] != values[0, 0]
     )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"length": []},
+        {"length": 2**60},
+        {"depth": True},
+        {"method": None},
+        {"score": "1"},
+        {"score": float("nan")},
+        {"score": 10**400},
+        {"seconds": None},
+        {"losses": [1.0], "counts": [1]},
+        {"part": "perplexity"},
+        {"cache_bytes": {}},
+        {"depth": "a"},
+        {"part": "perplexity", "losses": [1.0], "counts": []},
+        {"part": "perplexity", "losses": [1.0], "counts": [0]},
+    ],
+)
+def test_lines_of_other_kinds_are_damaged(tmp_path, changes):
+    path = written(tmp_path)
+    path.write_text(path.read_text() + json.dumps(line(3, **changes)) + "\n")
+    with pytest.raises(ValueError, match="results.jsonl line 5 is damaged"):
+        Results(tmp_path, ASKED, {})
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "9" * 5000], ids=["nested", "list", "digits"])
+def test_lines_that_are_no_records(tmp_path, text):
+    path = written(tmp_path)
+    whole = path.read_text()
+    path.write_text(whole + text + "\n")
+    with pytest.raises(ValueError, match="results.jsonl line 5 is damaged"):
+        Results(tmp_path, ASKED, {})
+    path.write_text(text + "\n" + whole)
+    with pytest.raises(ValueError, match="is no results file of this version"):
+        Results(tmp_path, ASKED, {})
+
+
+def test_a_record_without_tokens_has_none_in_the_table(tmp_path):
+    records = [{name: x for name, x in line(0).items() if name not in ("tokens", "cache_bytes")}]
+    assert "tokens read" not in markdown(summarise(records)) and "100%" in markdown(summarise(records))

@@ -385,3 +385,12 @@ def test_smollm2(tmp_path):
     ids = tokenizer.encode(TEXT)
     assert tokenizer.decode(ids) == TEXT and min(ids) > 16 and max(ids) < tokenizer.vocab_size == 49152
     assert [tokenizer.marker(token) for token in SPECIAL] == [[0], [1], [2]]
+
+
+def test_more_layers_than_tensors(tmp_path):
+    """A tensor may be called as the last of a billion layers is."""
+    tensors = weights() | {"blk.4000.attn_norm.weight": np.zeros(WIDTH, np.float32)}
+    with pytest.raises(ValueError, match="block_count is 4001"):
+        gguf_config(GgufSource(write(tmp_path, tensors, block_count=4001)))
+    with pytest.raises(ValueError, match="layers 1000000000 is more than 4096"):
+        gguf_config(GgufSource(write(tmp_path, weights(), block_count=10**9)))

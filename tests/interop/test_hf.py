@@ -154,7 +154,7 @@ def test_wrong_configs():
         ({"num_key_value_heads": 4}, "config.json: kv_heads 4 does not divide heads 6"),
         ({"rope_scaling": {"type": "linear"}}, "linear has no factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs original_max_position"),
-        ({"hidden_size": "24"}, "width '24' must be a whole number"),
+        ({"hidden_size": "24"}, "hidden_size '24' is not int"),
     ):
         with pytest.raises(ValueError, match=message):
             read_hf_config({**BASE, **changes})
@@ -259,3 +259,44 @@ def test_nothing_is_overwritten_or_left_half_written(folder, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         save_hf(model, target, context=64)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_hidden_layers": 10**9}, "layers 1000000000 is more than 4096"),
+        ({"num_attention_heads": 2**31 - 1, "num_key_value_heads": 2}, "heads 2147483647 is more than"),
+        ({"vocab_size": 2**64}, "vocab_size 18446744073709551616 is beyond 2147483647"),
+        ({"rope_theta": "a"}, "rope_theta 'a' is not int or float"),
+        ({"rope_scaling": [1]}, r"rope_scaling \[1\] is not dict"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": {}, "factor": 2}},
+            "rope_theta {} must be a number",
+        ),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "the rules are linear, llama3, yarn"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": "a"}},
+            "'a' is no number of tokens",
+        ),
+        ({"layer_types": [["full_attention"]]}, "is not a list of str"),
+        ({"eos_token_id": [{}]}, "is not a list of int"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not str"),
+        ({"hidden_size": True}, "hidden_size True is not int"),
+        ({"x" * 70_000: "y" * 70_000}, "unknown here"),
+    ],
+)
+def test_values_of_other_kinds_and_sizes(changes, words):
+    with pytest.raises((ValueError, NotImplementedError), match=words) as error:
+        read_hf_config({**families.FAMILIES["llama2"], **changes})
+    assert str(error.value).startswith("config.json") and len(str(error.value)) < 1000
+
+
+def test_an_index_that_leads_out_of_its_folder(tmp_path):
+    families.write(tmp_path, families.FAMILIES["llama2"])
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    for name in ("../a.safetensors", "/etc/hostname", "a" * 300, "\0", ".."):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(
+            ValueError, match="model.safetensors.index.json names .*(not a file of|no name of|longer than|leads out)"
+        ):
+            SafetensorsSource(tmp_path)

@@ -199,7 +199,7 @@ BAD_PROCESSORS = {
     "unknown": ({**CLIP, "do_thumbnail": True}, "has do_thumbnail: True, unknown here"),
     "pad": ({**CLIP, "do_pad": True}, "do_pad true is not supported for CLIPImageProcessor"),
     "size": ({**CLIP, "size": {"longest_edge": 3}}, "must have shortest_edge, or height and width"),
-    "large": ({**CLIP, "crop_size": 10**9}, "size 1000000000 must be a whole number from 1 to 8192"),
+    "large": ({**CLIP, "crop_size": 10**9}, "size 1000000000 must be a whole number from 1 to 4096"),
     "filter": ({**CLIP, "resample": 17}, "resample 17 is not one of Pillow's filters"),
     "std": ({**CLIP, "image_std": [0.0, 1, 1]}, "must be above 0"),
     "colours": ({**CLIP, "image_mean": [0.5]}, "must be three finite numbers"),
@@ -227,3 +227,47 @@ def test_a_processor_of_another_size_and_one_inside_another_file(tmp_path):
 def test_what_is_no_picture(shape, dtype):
     with pytest.raises(ValueError, match=r"give uint8 \[H, W, 3\], in RGB"):
         read_preprocessing(CLIP)(np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"image_mean": ["a", 1, 1]}, "three finite numbers"),
+        ({"rescale_factor": "a"}, "must be a finite number"),
+        ({"resample": [3]}, "not one of Pillow's filters"),
+        ({"size": [1]}, "preprocessor_config.json: "),
+        ({"image_processor_type": ["CLIPImageProcessor"]}, "is not one of"),
+        ({"size": {"shortest_edge": 10**400}}, "whole number from 1"),
+    ],
+)
+def test_processors_of_other_kinds(changes, words):
+    with pytest.raises((ValueError, NotImplementedError), match=words) as error:
+        read_preprocessing({**CLIP, **changes})
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("shape, pad", [((1, 60_000, 3), True), ((1, 60_000, 3), False)])
+def test_a_long_thin_picture_would_become_a_large_one(shape, pad):
+    kind = {"image_processor_type": "LlavaImageProcessor", "do_pad": True} if pad else {"size": {"shortest_edge": 336}}
+    prepare = read_preprocessing({**CLIP, **kind})
+    with pytest.raises(ValueError, match="a picture of 1 × 60000 would be .* cut it"):
+        prepare(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize(
+    "section, changes, words",
+    [
+        ("vision_config", {"num_hidden_layers": 10**9}, "layers 999999999 must be a whole number from 1 to 4096"),
+        ("vision_config", {"hidden_act": ["gelu"]}, r"hidden_act \['gelu'\]"),
+        ("vision_config", {"hidden_size": 10**400}, "width"),
+        ("text_config", {"num_attention_heads": 10**9}, "heads 1000000000 is more than"),
+        (None, {"vision_feature_layer": {}}, "must name"),
+        (None, {"image_token_index": []}, "image_token"),
+        (None, {"projector_hidden_act": {}}, "projector_hidden_act"),
+    ],
+)
+def test_values_of_other_kinds_and_sizes(section, changes, words):
+    fields = {**BASE, **changes} if section is None else {**BASE, section: {**BASE[section], **changes}}
+    with pytest.raises((ValueError, NotImplementedError), match=words) as error:
+        read_llava_config(fields)
+    assert len(str(error.value)) < 1000

@@ -189,3 +189,22 @@ def test_peft_itself_gives_the_same_logits(folder, tmp_path):
         wanted = theirs(torch.tensor(families.tokens(), dtype=torch.long)).logits.numpy()
     assert np.abs(wanted - logits(base)).max() > 1
     np.testing.assert_allclose(logits(model), wanted, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": 10**400},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": True},
+        {"r": [4]},
+        {"x" * 70_000: 1},
+        {"bias": "x" * 70_000},
+    ],
+)
+def test_values_of_other_kinds_and_sizes(folder, tmp_path, changes):
+    adapters, _ = theirs(folder)
+    path = write(tmp_path / "adapter", adapters, **changes)
+    with pytest.raises((ValueError, NotImplementedError), match="adapter_config.json: ") as error:
+        Adapter.read(path)
+    assert len(str(error.value)) < 1000

@@ -16,6 +16,7 @@ from flax.core import FrozenDict
 from ringjax.interop.pickled import load_vqgan_pickle, read_pickled_arrays
 from ringjax.models import vqgan
 from ringjax.models.vqgan.files import named_tensors
+from tests.fuzz.payloads import memo_bomb
 
 TINY = vqgan.VQGANConfig(
     resolution=8, channels=1, hidden=4, multipliers=(1, 2), res_blocks=1, z_channels=4, codes=16, code_dim=3,
@@ -327,3 +328,16 @@ def test_the_published_sizes_are_the_default(tmp_path, tiny):
     (tmp_path / "p").write_bytes(pickle.dumps(tree(named_tensors(tiny))))
     with pytest.raises(ValueError, match="missing .*and [0-9]+ more"):
         load_vqgan_pickle(tmp_path / "p")
+
+
+def test_a_string_that_becomes_any_number_of_arrays(tmp_path):
+    """Big-endian numbers are turned, each array in a copy of its own: 1 MB in the file, 4 GB of arrays."""
+    assert read(tmp_path / "p", memo_bomb(1, 64))["a0"].shape == (16,)
+    with pytest.raises(ValueError, match="makes more than 2[0-9]+ bytes of arrays, twice those of the file"):
+        read(tmp_path / "p", memo_bomb(4000))
+
+
+def test_more_opcodes_than_any_tree_needs(tmp_path):
+    """A byte of the file makes a dict of 64."""
+    with pytest.raises(ValueError, match="more than 1048576 opcodes"):
+        read(tmp_path / "p", b"\x80\x04" + b"}" * (1 << 21) + b".")

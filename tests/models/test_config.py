@@ -81,3 +81,21 @@ def test_refuses_a_mesh_that_cuts_a_vocabulary():
 def test_accepts_meshes_that_fit():
     SMALL.validate_mesh({"dp": 1, "fsdp": 2, "tp": 4, "sp": 8}, seq_len=64, layout="zigzag", batch=4)
     SMALL.validate_mesh({})
+
+
+@pytest.mark.parametrize(
+    "name", ["layers", "heads", "width", "ffn_width", "vocab_size", "head_dim", "window", "kv_heads", "unroll"]
+)
+@pytest.mark.parametrize("size", [10**10, 10**400], ids=["large", "huge"])
+def test_sizes_without_bounds_are_refused_before_they_are_counted_up_to(name, size):
+    """kv_heads that do not divide a number of heads are told with all that do: a loop over 10 ** 18 of them."""
+    with pytest.raises(ValueError, match=f"{name} .* is more than [0-9]+, the most") as error:
+        dataclasses.replace(SMALL, **{name: size})
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["low_freq_factor", "beta_fast", "attention_factor", "mscale"])
+@pytest.mark.parametrize("value", ["a", [1], float("nan"), 10**400, True], ids=["text", "list", "nan", "huge", "bool"])
+def test_rope_scaling_takes_numbers(name, value):
+    with pytest.raises(ValueError, match=f"rope_scaling.({name}|low_freq_factor|beta_slow)"):
+        RopeScaling("yarn", 2.0, original_max_position=16, **{name: value})

@@ -1,8 +1,12 @@
 """Checkpoints: whole or not at all, on any mesh, and clear words when something is wrong."""
 
 import errno
+import hashlib
 import json
+import os
 import subprocess
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +15,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringjax.training import checkpoint as ckpt
-from ringjax.training.checkpoint import CheckpointError, CheckpointStore, last_whole, load_arrays
+from ringjax.training import peers
+from ringjax.training.checkpoint import CheckpointError, CheckpointStore, DiskError, last_whole, load_arrays
 from ringjax.training.config import CheckpointConfig
-from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest
+from ringjax.training.load import parse_config, to_plain
+from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest, write_manifest
 from ringjax.training.mesh import make_mesh
 
 SIZE = 4096
@@ -105,6 +111,28 @@ def test_a_kill_before_the_manifest_leaves_no_checkpoint(tmp_path, monkeypatch):
     assert last_whole(store.folder, say=lambda _: None)[1]["step"] == 1
 
 
+def test_everything_is_on_the_disk_before_the_manifest_is_there(tmp_path, monkeypatch):
+    folder = tmp_path / "step_00000001"
+    (folder / "params").mkdir(parents=True)
+    (folder / "a").write_text("1")
+    (folder / "params" / "b").write_text("2")
+    synced, real, replace = [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    def renamed(source, target):
+        wanted = folder / "a", folder / "params" / "b", folder / "params", folder, tmp_path, folder / (NAME + ".tmp")
+        assert {str(path) for path in wanted} == set(synced)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_manifest(folder, {"step": 1})
+    assert synced[-1] == str(folder) and read_manifest(folder)["step"] == 1
+
+
 def test_a_manifest_of_another_format_is_refused(tmp_path):
     import hashlib
 
@@ -127,6 +155,28 @@ def test_no_space_left_is_said_and_the_last_whole_one_stays(tmp_path, monkeypatc
         store.wait()
     assert last_whole(store.folder)[1]["step"] == 1
     assert not list(store.folder.glob("step_00000002*"))  # what was half written no longer fills the disk
+
+
+def test_a_save_that_hangs_is_given_up_and_no_longer_waited_for(tmp_path, monkeypatch):
+    hangs, alone = threading.Event(), threading.Event()
+    monkeypatch.setattr(peers, "_alone", alone)
+    monkeypatch.setattr(ckpt, "write_manifest", lambda *_: hangs.wait(60))
+    monkeypatch.setattr(ckpt, "SAVE_SECONDS", 0.2)
+    store = store_of(tmp_path)
+    store.save(1, arrays(1), {"step": 1})
+    with pytest.raises(DiskError, match="has not ended for .* does its disk answer"):
+        store.wait()
+    assert alone.is_set()  # the process may not wait for its threads
+    store.wait()
+    hangs.set()
+
+
+def test_the_wall_clock_may_jump_during_a_save(tmp_path, monkeypatch):
+    real, looks = time.time, iter(range(10**9))
+    monkeypatch.setattr(time, "time", lambda: real() + 1800.0 * next(looks))  # half an hour at every look
+    store = store_of(tmp_path)
+    save_steps(store, [1, 2])
+    assert last_whole(store.folder)[1]["step"] == 2
 
 
 def test_a_full_disk_for_real(tmp_path):
@@ -158,3 +208,66 @@ def test_another_model_is_refused_with_the_names_that_differ():
         "d is only in this model; use another run_dir"
     )
     ckpt.check_same_arrays(saved, saved, "x")
+
+
+def resealed(path, **changes):
+    """The checkpoint with another manifest under a checksum that fits: what whoever made the file can write."""
+    _, _, body = (path / NAME).read_text().partition("\n")
+    body = json.dumps({**json.loads(body), **changes})
+    (path / NAME).write_text(json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n" + body)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"files": {"../../outside": [3, "a"]}}, "lists '../../outside' leads out of the folder"),
+        ({"files": {"/etc/hostname": [3, "a"]}}, "leads out of the folder"),
+        ({"files": {"x" * 300: [3, "a"]}}, "longer than"),
+        ({"files": {"a": 3}}, "no usable files"),
+        ({"files": None}, "no usable files"),
+        ({"files": {"a": [1.5, "a"]}}, "no usable"),
+        ({"parameters": ["a"]}, "no usable parameters"),
+        ({"config": []}, "no usable config"),
+        ({"stage": "a"}, "no usable stage"),
+        ({"base": {"path": 3}}, "no usable base"),
+        ({"format": [1]}, r"has format \[1\]"),
+    ],
+)
+def test_manifests_that_say_what_no_one_wrote(tmp_path, changes, words):
+    store = store_of(tmp_path)
+    save_steps(store, [1])
+    path = store.folder / "step_00000001"
+    resealed(path, **changes)
+    with pytest.raises(DamagedCheckpoint, match=words):
+        read_manifest(path)
+    assert last_whole(store.folder, say=lambda line: None) is None
+
+
+@pytest.mark.parametrize("body", ["[" * 100_000, "[]", "{", ""])
+def test_manifests_that_are_none(tmp_path, body):
+    first = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()})
+    for text in (f"{first}\n{body}", "[" * 100_000, '{"sha256": []}\n'):
+        (tmp_path / NAME).write_text(text)
+        with pytest.raises(DamagedCheckpoint):
+            read_manifest(tmp_path)
+
+
+def test_a_manifest_of_no_run(tmp_path):
+    run = parse_config("model: {width: 16, ffn_width: 16, layers: 1, heads: 2}\ndata: {}")
+    info = {"config": to_plain(run), "stage": 0}
+    assert ckpt.run_of(info, tmp_path).model.width == 16
+    for changes, words in (
+        ({"stage": 7}, "is of stage 7, and its run has 1"),
+        ({"config": None}, "does not say of which run"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            ckpt.run_of({**info, **changes}, tmp_path)
+
+
+def test_arrays_that_cannot_be_read_are_told_as_a_checkpoints_fault(tmp_path):
+    store = store_of(tmp_path)
+    save_steps(store, [1])
+    path = store.folder / "step_00000001"
+    biggest_file(path).write_bytes(b"garbled")
+    with pytest.raises(CheckpointError, match="step_00000001: the arrays 'params' cannot be read"):
+        load_arrays(path, "params", arrays(1)["params"])

@@ -91,6 +91,25 @@ def test_a_damaged_checkpoint_costs_steps_and_changes_nothing(unbroken, half, ca
     assert curve(half) == curve(unbroken)
 
 
+def test_no_whole_checkpoint_is_no_reason_to_begin_anew(half):
+    for path in (half / "checkpoints").iterdir():
+        (path / "ringjax.json").write_text("{}")
+    metrics = (half / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="no checkpoint of .* is whole, and .* were: bring back one"):
+        loop.train(config(half))
+    assert (half / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_an_evaluation_that_a_signal_came_before_is_made_by_the_next_run(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(Preempted):
+        stop_at(patched, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        loop.train(config(tmp_path, training__eval_every=4))
+    evaluated = lambda: [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if "eval" in r]  # noqa: E731
+    assert evaluated() == []
+    loop.train(config(tmp_path, training__eval_every=4))
+    assert evaluated() == [4, 8]
+
+
 def test_a_run_goes_on_on_another_mesh(unbroken, half):
     loop.train(config(half, mesh__shape="1,2,1,4", mesh__layout="zigzag"))
     np.testing.assert_allclose(np.array(curve(half)), np.array(curve(unbroken)), rtol=2e-5)

@@ -2,10 +2,11 @@
 
 import json
 import math
+import resource
 
 import pytest
 
-from ringjax.training.metrics import MetricsWriter, read_metrics
+from ringjax.training.metrics import MetricsWriter, missing_steps, read_metrics, truncate_metrics
 
 
 def steps(path):
@@ -31,6 +32,32 @@ def test_a_cut_last_line_is_dropped(tmp_path):
     path.write_text(path.read_text()[:-9])
     assert steps(path) == [1, 2, 3, 4]
     assert steps(write(tmp_path, 5, 6, resumed_at=4)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_lines_that_are_there_twice_are_kept_once_and_missing_ones_are_told(tmp_path):
+    path = write(tmp_path, 1, 6)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], *lines[1:3], "\0\0", *lines[4:]]))
+    writer = MetricsWriter(tmp_path, 6)
+    writer.close()
+    assert steps(path) == [1, 2, 3, 6]  # the line of 5 was spoiled by what lies before it
+    assert missing_steps(writer.history, 6) == [4, 5]
+
+
+def test_a_disk_that_takes_half_a_line_is_named_and_the_half_is_dropped(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write({"step": 1, "loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 9, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"metrics\.jsonl"):
+            writer.write({"step": 2, "loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.close()  # and writes nothing once more
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size + 9
+    assert steps(write(tmp_path, 2, 3, resumed_at=1)) == [1, 2, 3]
 
 
 def test_a_run_from_the_start_forgets_the_old_file(tmp_path):
@@ -70,3 +97,18 @@ def test_tensorboard_gets_every_number(tmp_path):
     writer.write({"step": 1, "stage": "a", "loss": 2.0, "eval": {"s": {"loss": 3.0}}})
     writer.close()
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_lines_that_no_run_wrote_are_left_out(tmp_path):
+    lines = [
+        "[" * 100_000,
+        "9" * 5000,
+        '{"step": true}',
+        '{"step": 1, "loss": NaN, "more": [Infinity]}',
+        "null",
+        '{"step": 2}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    truncate_metrics(tmp_path / "metrics.jsonl", 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "more": [null]}\n'

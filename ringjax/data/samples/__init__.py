@@ -82,10 +82,15 @@ def prose(split: Split = "train") -> list[str]:
 
 def prose_chapters(split: Split = "train") -> list[str]:
     """The chapters of `prose(split)`, each beginning with its heading; title pages are left out."""
+    return list(_chapters(split))
+
+
+@cache
+def _chapters(split: Split) -> tuple[str, ...]:
     chapters = []
     for novel in prose(split):
         chapters += re.split(r"\n+(?=CHAPTER \d+\n)", novel)[1:]
-    return [re.sub(r"\s*\n+VOLUME \d+\s*$", "", chapter) for chapter in chapters]
+    return tuple(re.sub(r"\s*\n+VOLUME \d+\s*$", "", chapter) for chapter in chapters)
 
 
 @cache

@@ -5,7 +5,12 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
+from ringjax.json_text import brief
 from ringjax.models.config import Dtype
+
+# Generous bounds, so that a size read from a damaged file is refused before anything is built, or counted, up to it.
+_LARGEST = {"layers": 1 << 12, "image_size": 1 << 13}
+_LARGEST_SIZE = 1 << 24
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
@@ -45,16 +50,17 @@ class ClipConfig:
     def __post_init__(self):
         for name in ("width", "ffn_width", "layers", "heads", "image_size", "patch_size", "channels"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
+            most = _LARGEST.get(name, _LARGEST_SIZE)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{name} {brief(value)} must be a whole number from 1 to {most}")
         for name in ("norm_eps", "init_std"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-                raise ValueError(f"{name} {value!r} must be a number between 0 and 1")
+                raise ValueError(f"{name} {brief(value)} must be a number between 0 and 1")
         for name, choices in (("activation", Activation), ("dtype", Dtype), ("param_dtype", Dtype)):
             if getattr(self, name) not in get_args(choices):
                 known = ", ".join(map(repr, get_args(choices)))
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {known}")
+                raise ValueError(f"{name} {brief(getattr(self, name))} is not one of {known}")
         if self.width % self.heads:
             raise ValueError(f"heads {self.heads} does not divide width {self.width}; use a number that does")
         if self.image_size % self.patch_size:

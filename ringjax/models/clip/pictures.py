@@ -10,10 +10,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from ringjax.json_text import brief
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# A size read from a damaged file is refused before anything of that size is made.
-_LARGEST = 8192
+# A size read from a damaged file is refused before anything of that size is made; so is a picture of such a shape.
+_LARGEST = 4096
+_MOST_PIXELS = _LARGEST**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,20 +45,20 @@ class Preprocessing:
         sizes = [self.resize] if isinstance(self.resize, int) else list(self.resize or ())
         for size in (*sizes, *(self.crop or ())):
             if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= _LARGEST:
-                raise ValueError(f"size {size!r} must be a whole number from 1 to {_LARGEST}")
+                raise ValueError(f"size {brief(size)} must be a whole number from 1 to {_LARGEST}")
         filters = sorted(int(x) for x in Image.Resampling)
         if self.resample not in filters:
-            raise ValueError(f"resample {self.resample!r} is not one of Pillow's filters, {filters}")
+            raise ValueError(f"resample {brief(self.resample)} is not one of Pillow's filters, {filters}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std belong together; give both or neither")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if values is not None and (len(values) != 3 or not all(math.isfinite(x) for x in values)):
-                raise ValueError(f"{name} {values!r} must be three finite numbers, one a colour")
+            if values is not None and (len(values) != 3 or not all(_is_finite(x) for x in values)):
+                raise ValueError(f"{name} {brief(values)} must be three finite numbers, one a colour")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std {self.std!r} must be above 0")
-        if self.rescale is not None and not 0 < self.rescale < math.inf:
-            raise ValueError(f"rescale {self.rescale!r} must be a finite number above 0")
+        if self.rescale is not None and not (_is_finite(self.rescale) and self.rescale > 0):
+            raise ValueError(f"rescale {brief(self.rescale)} must be a finite number above 0")
         if self.pad_to_square and self.mean is None:
             raise ValueError("pad_to_square needs the mean, which is the colour of the bars")
 
@@ -65,6 +68,10 @@ class Preprocessing:
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
             raise ValueError(f"the picture is {picture.dtype}{list(picture.shape)}; give uint8 [H, W, 3], in RGB")
         if self.pad_to_square:
+            height, width, _ = picture.shape
+            size = max(height, width)
+            if size * size > max(_MOST_PIXELS, 4 * height * width):
+                raise ValueError(f"a picture of {height} × {width} would be a square of {size}; cut it")
             picture = _square(picture, [int(255 * x) for x in self.mean])
         if self.resize is not None:
             height, width = self._size(*picture.shape[:2])
@@ -85,11 +92,15 @@ class Preprocessing:
             return self.resize
         short, long = sorted((height, width))
         longer = int(self.resize * long / short)
-        if longer > 16 * _LARGEST:
+        if longer * self.resize > _MOST_PIXELS:
             raise ValueError(
                 f"a picture of {height} × {width} would be {longer} long with its shorter edge {self.resize}; cut it"
             )
         return (longer, self.resize) if width <= height else (self.resize, longer)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _square(picture: np.ndarray, colour: list[int]) -> np.ndarray:

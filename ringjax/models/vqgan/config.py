@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ringjax.json_text import brief
+
 # Generous bounds, so that a size read from a damaged file is refused before anything is built from it.
 _LARGEST = {"resolution": 4096, "channels": 16, "res_blocks": 16, "codes": 1 << 20}
 _LARGEST_WIDTH = 8192
@@ -89,16 +91,16 @@ class VQGANConfig:
 
 def _as_tuple(multipliers: object) -> tuple[int, ...]:
     if not isinstance(multipliers, list | tuple) or not 1 <= len(multipliers) <= 12:
-        raise ValueError(f"multipliers {multipliers!r} must be a list of 1 to 12 sizes, one a level")
+        raise ValueError(f"multipliers {brief(multipliers)} must be a list of 1 to 12 sizes, one a level")
     return tuple(multipliers)
 
 
 def _checked_levels(levels: object, codes: int, code_dim: int) -> tuple[int, ...]:
     if not isinstance(levels, list | tuple) or len(levels) > 32:
-        raise ValueError(f"levels {levels!r} must be a list of up to 32 numbers, one a latent dimension")
+        raise ValueError(f"levels {brief(levels)} must be a list of up to 32 numbers, one a latent dimension")
     for level in levels:
         if isinstance(level, bool) or not isinstance(level, int) or not 2 <= level <= 1024:
-            raise ValueError(f"levels {list(levels)}: {level!r} must be an int from 2 to 1024")
+            raise ValueError(f"levels {brief(list(levels))}: {brief(level)} must be an int from 2 to 1024")
     if levels and (math.prod(levels), len(levels)) != (codes, code_dim):
         raise ValueError(
             f"levels {list(levels)} make {math.prod(levels)} codes of {len(levels)} dimensions, not codes {codes} and"
@@ -110,7 +112,7 @@ def _checked_levels(levels: object, codes: int, code_dim: int) -> tuple[int, ...
 def _check_size(name: str, size: object) -> None:
     largest = _LARGEST.get(name, _LARGEST_WIDTH)
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= largest:
-        raise ValueError(f"{name} {size!r} must be an int from 1 to {largest}")
+        raise ValueError(f"{name} {brief(size)} must be an int from 1 to {largest}")
 
 
 LWM = VQGANConfig()

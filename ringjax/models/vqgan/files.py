@@ -16,6 +16,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ringjax.json_text import parse_json
 from ringjax.models.vqgan.config import VQGANConfig
 from ringjax.models.vqgan.model import VQGAN
 
@@ -97,7 +98,8 @@ def load_vqgan(path: str | os.PathLike) -> VQGAN:
                 for name, (at, value) in wanted.items()
             ]
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or train it again") from None
+        said = str(error)[:300]
+        raise ValueError(f"{path} is not a whole safetensors file ({said}); copy or train it again") from None
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 
@@ -114,9 +116,9 @@ def _read_config(path: str | os.PathLike, header: dict[str, str]) -> VQGANConfig
     if HEADER_KEY not in header:
         raise ValueError(f"{path} holds no ringjax VQGAN: its header has no {HEADER_KEY!r}")
     try:
-        return VQGANConfig(**json.loads(header[HEADER_KEY]))
+        return VQGANConfig(**parse_json(header[HEADER_KEY]))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the VQGAN config in the header is not usable ({error})") from None
+        raise ValueError(f"{path}: the VQGAN config in the header is not usable ({str(error)[:300]})") from None
 
 
 def _check_tensors(path: str | os.PathLike, wanted: dict[str, tuple[int, ...]], file) -> None:

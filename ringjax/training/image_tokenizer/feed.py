@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from ringjax.data.errors import DataError
 from ringjax.data.picture_order import PictureOrder
 from ringjax.data.picture_set import DecodedSet, LeftOut, PictureForm, PictureSet, list_files
 from ringjax.data.prefetch import Prefetched
@@ -130,10 +131,10 @@ class _Batches:
         return {"pictures": self._seen, **self._data}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError that names what is not as it was when the state was made."""
+        """Raises DataError that names what is not as it was when the state was made."""
         for name, value in self._data.items():
             if state.get(name) != value:
-                raise ValueError(
+                raise DataError(
                     f"the checkpoint was made with other pictures: {name} changed from {state.get(name)} to {value};"
                     " bring back what it was, or use another run_dir"
                 )

@@ -61,7 +61,7 @@ def load_features(path: str | Path, layers: Sequence[str]) -> dict[str, np.ndarr
                     raise ValueError(f"{path}: {name} is {found or 'missing'}, not {shape}; convert the weights again")
             return {name: file.get_tensor(name).astype(np.float32) for name in shapes(layers)}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+        raise ValueError(f"{path} is not a whole safetensors file ({str(error)[:300]})") from None
 
 
 def vgg_features(weights: Features, pixels: Float[Array, "B H W C"], layers: Sequence[str]) -> list[Array]:
