@@ -12,6 +12,7 @@ and exit code.
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from ringjax.exit_codes import ExitCode
 from ringjax.training.config import DistributedConfig
 
 _FOLDER = "ringjax/peers"
+_rounds = itertools.count()
 _LINGER = 4.0
 _OF_COLLECTIVES = (
     r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|connection (reset|refused|closed)|socket closed|peer|barrier"
@@ -63,6 +65,7 @@ class Watch(contextlib.AbstractContextManager):
         self._tick = min(2.0, self._patience / 10)
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._client: Any = None
+        self._folder = _FOLDER
         self._names: dict[int, str] = {}
         self._answered = time.monotonic()
         self._threads: list[threading.Thread] = []
@@ -77,7 +80,8 @@ class Watch(contextlib.AbstractContextManager):
             return self
         self._client, self._address = global_state.client, global_state.coordinator_address
         self._index, self._count = global_state.process_id, global_state.num_processes
-        self._client.key_value_set(f"{_FOLDER}/name/{self._index}", f"{socket.gethostname()}, pid {os.getpid()}")
+        self._folder = f"{_FOLDER}/{next(_rounds)}"  # a second run of the same processes begins afresh
+        self._client.key_value_set(f"{self._folder}/name/{self._index}", f"{socket.gethostname()}, pid {os.getpid()}")
         self._answered = time.monotonic()
         _catch_abort(self._aborted)
         for target in (self._talk, self._look):
@@ -90,8 +94,8 @@ class Watch(contextlib.AbstractContextManager):
         if self._client is None:
             return
         if error is None or is_agreed(error):
-            self._stop.set()
             self._put(f"ended/{self._index}", "")
+            self._stop.set()
             _catch_abort(None)
             return
         self._end_with(error)
@@ -187,18 +191,18 @@ class Watch(contextlib.AbstractContextManager):
 
     def _put(self, key: str, value: str, or_raise: bool = False) -> None:
         try:
-            self._client.key_value_set(f"{_FOLDER}/{key}", value, allow_overwrite=True)
+            self._client.key_value_set(f"{self._folder}/{key}", value, allow_overwrite=True)
         except jax.errors.JaxRuntimeError:
             if or_raise:
                 raise
 
     def _read(self, folder: str) -> dict[int, str]:
-        pairs = self._client.key_value_dir_get(f"{_FOLDER}/{folder}/")
+        pairs = self._client.key_value_dir_get(f"{self._folder}/{folder}/")
         return {int(key.rsplit("/", 1)[1]): value for key, value in pairs}
 
     def _try(self, key: str) -> str | None:
         try:
-            return self._client.key_value_try_get(f"{_FOLDER}/{key}")
+            return self._client.key_value_try_get(f"{self._folder}/{key}")
         except jax.errors.JaxRuntimeError as error:
             if "NOT_FOUND" in str(error):
                 return None
