@@ -25,6 +25,6 @@ def inside(folder: str | Path, name: str, *, levels: bool = True) -> Path:
     # A backslash separates on Windows.
     if PurePosixPath(name).is_absolute() or ".." in name.replace("\\", "/").split("/") or Path(name).is_absolute():
         raise ValueError(
-            f"{name[:80]!r} leads out of the folder {folder}; put the file into it, and name it from there"
+            f"{name[:80]!r} leads out of the folder {folder}; put the file, or a link to it, into the folder"
         )
     return Path(folder) / name

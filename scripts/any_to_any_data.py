@@ -52,7 +52,11 @@ def write_prose(texts: list[Path], folder: Path, words: int) -> None:
 def write_heldout(captions: Path, target: Path, share: float) -> None:
     rows = [json.loads(line) for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
     kept = [row for row in rows if heldout(str(row.get("caption", "")), share)]
-    write(target, [{**row, "file": str((captions.parent / row["file"]).absolute())} for row in kept])
+    # A caption names nothing outside its folder: a link there leads to the pictures.
+    link = target.with_suffix("")
+    link.unlink(missing_ok=True)
+    link.symlink_to(captions.parent.absolute())
+    write(target, [{**row, "file": f"{link.name}/{row['file']}"} for row in kept])
 
 
 def main() -> None:

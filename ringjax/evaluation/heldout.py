@@ -22,6 +22,7 @@ from ringjax.data.jsonl import JsonLines
 from ringjax.data.pictures import is_clip, read_frames
 from ringjax.evaluation.vision_config import Kind, VisionConfig
 from ringjax.inference.trained import TrainedRun
+from ringjax.inside import inside
 
 DIGITS = "sample:digits"
 # Frames that go through the image tokenizer at once: one compiled shape, and a bound on memory.
@@ -180,10 +181,11 @@ def _line(
     if not isinstance(name, str) or not name:
         raise DataError(f"{place}: neither codes ('vision') nor a picture ({config.picture_key!r}); give one of them")
     try:
-        clip = is_clip(folder / name) and encoder.max_frames != 1
-    except DataError as error:
+        file = inside(folder, name)
+        clip = is_clip(file) and encoder.max_frames != 1
+    except ValueError as error:
         raise DataError(f"{place}: {error}") from None
-    return Line(index, caption, "clips" if clip else "pictures", place, None, folder / name)
+    return Line(index, caption, "clips" if clip else "pictures", place, None, file)
 
 
 def _encoded(run: TrainedRun, some: Sequence[tuple[int, np.ndarray]]) -> dict[int, np.ndarray]:

@@ -15,8 +15,9 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.runtime import Undefined
+from jinja2.runtime import LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 WORK = 1 << 27
 """Characters that a rendering may make, about a second's work; a context of 1M tokens has 2^22."""
@@ -109,6 +110,12 @@ _METHODS: dict[type, frozenset[str]] = {
     list: frozenset(("copy", "count", "index")),
     tuple: frozenset(("count", "index")),
 }
+# Filters that look at no part of their value, and those that look at its items but not into them.
+_CONSTANT = frozenset(("count", "d", "default", "first", "last", "length"))
+_SHALLOW = frozenset(("items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr"))
+_COMPARES = frozenset((
+    "!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le", "lessthan", "lt", "ne",
+))  # fmt: skip
 _WIDE = re.compile(r"%[^%a-zA-Z]*(\d{3,}|\*)")
 
 _left: contextvars.ContextVar[list[int]] = contextvars.ContextVar("left")
@@ -137,7 +144,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(optimized=False, finalize=_written, **options)
         self.filters = {name: _charged_filter(name, self.filters[name]) for name in _FILTERS}
         self.filters |= {name: jinja2.pass_context(of) for name, of in _OWN_FILTERS.items()}
-        self.tests = {name: _charged_test(of) for name, of in self.tests.items()}
+        self.tests = {name: _charged_test(name, of) for name, of in self.tests.items()}
         del self.globals["lipsum"]
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -147,7 +154,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context, operator: str, left: Any, right: Any) -> Any:
         _check_operands(operator, left, right)
-        return _charge(super().call_binop(context, operator, left, right))
+        return _made(super().call_binop(context, operator, left, right))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         kind = next((kind for kind in (str, dict, list, tuple, int, float, bytes) if isinstance(obj, kind)), None)
@@ -155,18 +162,24 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        # The hash of a tuple is made of all that it holds.
+        return super().getitem(obj, _charge(argument) if isinstance(argument, tuple) else argument)
+
     def call(__self, __context, __obj, *args, **kwargs):  # noqa: B902 - as Jinja calls it
         of = getattr(__obj, "__self__", None)
-        for value in (
-            (of, *args, *kwargs.values()) if isinstance(of, (str, list, tuple, dict)) else (*args, *kwargs.values())
-        ):
-            _charge(value)
-        if isinstance(of, str) and __obj.__name__ == "replace":
-            _check_replacement(of, *args)
-        if isinstance(of, str) and __obj.__name__ == "join":
-            args = (_check_joined(of, *args),)
+        if not isinstance(__obj, (Macro, LoopContext)) and __obj is not Namespace:
+            _charge([*args, *kwargs.values()])
+        if isinstance(of, (list, tuple)):
+            _charge(of)
+        if isinstance(of, str):
+            _spend(len(of))
+            if __obj.__name__ == "replace":
+                _check_replacement(of, *args)
+            if __obj.__name__ == "join":
+                args = (_check_joined(of, *args),)
         _spend(_STEP)
-        return _charge(_whole(super().call(__context, __obj, *args, **kwargs)))
+        return _made(super().call(__context, __obj, *args, **kwargs))
 
 
 # --- the account ----------------------------------------------------------------------------------------------------
@@ -201,14 +214,21 @@ def _charge(value: Any, text: bool = False) -> Any:
     return value
 
 
+def _made(value: Any) -> Any:
+    """A value that was just made, paid for, but not what it holds: that was made before. Iterators become lists."""
+    value = list(_counted(None, value)) if isinstance(value, Iterator) else value
+    if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+        raise jinja2.TemplateRuntimeError("it makes a number beyond 64 bits")
+    if isinstance(value, str):
+        _spend(len(value) + 1)
+    elif isinstance(value, (dict, list, tuple, set, frozenset)):
+        _spend(_STEP * (len(value) + 1))
+    return value
+
+
 def _written(value: Any) -> Any:
     """What is about to be written."""
     return _charge(value, text=True)
-
-
-def _whole(value: Any) -> Any:
-    """An iterator as a list, of which every item is paid for."""
-    return list(_counted(None, value)) if isinstance(value, Iterator) else value
 
 
 def _counted(_, items: Iterable) -> Iterator:
@@ -221,8 +241,10 @@ def _counted(_, items: Iterable) -> Iterator:
 def _check_operands(operator: str, left: Any, right: Any) -> None:
     if operator == "**":
         raise jinja2.TemplateRuntimeError("** is not allowed")
-    _charge(left, text=operator == "%")
-    _charge(right, text=operator == "%")
+    if operator == "%" and isinstance(left, str):
+        _charge([left, right], text=True)
+    for operand in (left, right):
+        _made(operand)
     if operator == "*":
         sizes, times = [len(x) for x in (left, right) if isinstance(x, (str, list, tuple))], (left, right)
         _spend(max(0, *sizes, 0) * _STEP * max([0, *(x for x in times if isinstance(x, int))]) if sizes else 0)
@@ -237,7 +259,7 @@ def _check_replacement(text: str, old: str = "", new: str = "", *_, **__) -> Non
 
 
 def _check_joined(separator: str, items: Iterable = ()) -> list:
-    items = _charge(_whole(items), text=True)
+    items = _charge(_made(items), text=True)
     if isinstance(items, (list, tuple, str)):
         _spend(len(separator) * len(items))
     return items
@@ -252,8 +274,12 @@ def _charged_filter(name: str, of):
 
     @jinja2.pass_context
     def paid(context, value, *args, **kwargs):
-        value = _whole(value)
-        _charge(value, text=name in ("join", "string", "tojson", "indent", "e", "escape"))
+        if name in _CONSTANT:
+            _spend(_STEP)
+            return of(*((_first_argument(kind, context),) if environment_first else ()), value, *args, **kwargs)
+        value = _made(value)
+        if name not in _SHALLOW:
+            _charge(value, text=name in ("join", "string", "tojson", "indent", "e", "escape"))
         for one in (*args, *kwargs.values()):
             _charge(one)
         if name == "replace":
@@ -264,7 +290,7 @@ def _charged_filter(name: str, of):
         if name in ("indent", "tojson"):
             _check_indent(name, value, args, kwargs)
         first = (_first_argument(kind, context),) if environment_first else ()
-        return _charge(_whole(of(*first, value, *args, **kwargs)))
+        return _made(of(*first, value, *args, **kwargs))
 
     return paid
 
@@ -287,13 +313,13 @@ def _check_indent(name: str, value: Any, args: tuple, kwargs: dict) -> None:
         _spend(100 * _STEP)
 
 
-def _charged_test(of):
+def _charged_test(name: str, of):
     kind = getattr(of, "jinja_pass_arg", None)
 
     @jinja2.pass_context
     def paid(context, *args):
         for one in args:
-            _charge(one)
+            _charge(one) if name in _COMPARES else _spend(len(one) if isinstance(one, str) else 1)
         return of(*((_first_argument(kind, context),) if kind is not None else ()), *args)
 
     return paid
@@ -309,7 +335,8 @@ def _concatenated(context, parts: list) -> str:
 _OWN_FILTERS = {
     " counted": _counted,
     " concatenated": _concatenated,
-    " charged": lambda context, value: _charge(_whole(value)),
+    " charged": lambda context, value: _charge(_made(value)),
+    " made": lambda context, value: _made(value),
 }
 _REFUSED = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 
@@ -342,19 +369,21 @@ class _Accountant(jinja2.visitor.NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
         self.generic_visit(node)
-        return _filtered(node, " charged") if isinstance(node.arg, nodes.Slice) else node
+        return _filtered(node, " made") if isinstance(node.arg, nodes.Slice) else node
 
     def visit_List(self, node: nodes.List) -> nodes.Filter:
         self.generic_visit(node)
-        return _filtered(node, " charged")
+        return _filtered(node, " made")
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Filter:
         self.generic_visit(node)
-        return _filtered(node, " charged")
+        for pair in node.items:
+            pair.key = _filtered(pair.key, " charged")  # of which a hash is made
+        return _filtered(node, " made")
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
         self.generic_visit(node)
-        return _filtered(node, " charged") if node.ctx == "load" else node
+        return _filtered(node, " made") if node.ctx == "load" else node
 
 
 def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:

@@ -18,6 +18,7 @@ from flax import nnx
 from ringjax.interop.load import check_tensors
 from ringjax.interop.names import Recipe
 from ringjax.interop.tensors import SafetensorsSource, listed, read_json
+from ringjax.json_text import brief
 from ringjax.models.vqgan import VQGAN, VQGANConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -45,23 +46,26 @@ def read_vqmodel_config(fields: Mapping[str, Any], resolution: int, where: str =
     Raises ValueError for a field that is wrong, NotImplementedError for another model or an unknown field.
     """
     if fields.get("_class_name") != "VQModel":
-        raise NotImplementedError(f"{where}: _class_name {fields.get('_class_name')!r} is not supported: VQModel is")
+        kind = brief(fields.get("_class_name"))
+        raise NotImplementedError(f"{where}: _class_name {kind} is not supported: VQModel is")
     unknown = sorted(set(fields) - set(_DEFAULTS) - _HARMLESS)
     if unknown:
         raise NotImplementedError(f"{where} has {listed(unknown)}, unknown here; it may change what the model computes")
     found = {**_DEFAULTS, **fields}
+    _check_lists(found, where)
     for name, wanted in _FIXED.items():
         if found[name] != wanted:
-            raise NotImplementedError(f"{where}: {name} {found[name]!r} is not supported: it must be {wanted!r}")
+            raise NotImplementedError(f"{where}: {name} {brief(found[name])} is not supported: it must be {wanted!r}")
     for name, wanted in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if set(found[name]) != {wanted} or len(found[name]) != len(found["block_out_channels"]):
-            raise NotImplementedError(f"{where}: {name} {found[name]!r} must be a {wanted} for each block_out_channels")
+            said = f"{name} {brief(found[name])} must be a {wanted} for each block_out_channels"
+            raise NotImplementedError(f"{where}: {said}")
     if found["in_channels"] != found["out_channels"]:
         raise NotImplementedError(f"{where}: in_channels and out_channels differ")
     widths, z = found["block_out_channels"], found["latent_channels"]
     uneven = [width for width in widths if width % widths[0]]
     if uneven:
-        raise NotImplementedError(f"{where}: block_out_channels {widths} must be multiples of the first")
+        raise NotImplementedError(f"{where}: block_out_channels {brief(widths)} must be multiples of the first")
     try:
         return VQGANConfig(
             resolution=resolution, channels=found["in_channels"], hidden=widths[0],
@@ -70,6 +74,16 @@ def read_vqmodel_config(fields: Mapping[str, Any], resolution: int, where: str =
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _check_lists(found: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError where what is taken for a list of names or of widths is none."""
+    for name in ("down_block_types", "up_block_types"):
+        if not isinstance(found[name], list) or not all(isinstance(kind, str) for kind in found[name]):
+            raise ValueError(f"{where}: {name} {brief(found[name])} is not a list of names")
+    widths = found["block_out_channels"]
+    if not isinstance(widths, list) or not widths or not all(type(width) is int and width > 0 for width in widths):
+        raise ValueError(f"{where}: block_out_channels {brief(widths)} is not a list of widths")
 
 
 def load_vqmodel(folder: str | Path, resolution: int = 256) -> VQGAN:

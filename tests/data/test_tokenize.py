@@ -117,7 +117,8 @@ def test_pictures_and_clips_become_codes(tmp_path, pictures):
 
 def test_bad_lines_stop_or_are_told(tmp_path, pictures):
     (tmp_path / "cut.png").write_bytes((pictures / "3.png").read_bytes()[:100])
-    good = str(pictures / "0.png")
+    good = "good.png"
+    (tmp_path / good).write_bytes((pictures / "0.png").read_bytes())
     rows = [
         {"file": good, "caption": "fine"},
         {"file": "nowhere.png", "caption": "a"},
@@ -143,7 +144,8 @@ def test_bad_lines_stop_or_are_told(tmp_path, pictures):
     for workers in (0, 2):
         with pytest.raises(DataError, match="a.jsonl line 2: picture .*nowhere.png does not exist"):
             tokenize(lines, tmp_path / "none", workers=workers, examples_per_shard=2, **options)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "cut.png", "set"], "nothing is left behind"
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["a.jsonl", "cut.png", "good.png", "set"], "nothing is left behind"
 
 
 def test_no_usable_line(tmp_path):

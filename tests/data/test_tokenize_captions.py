@@ -170,7 +170,8 @@ def test_damaged_files_among_many_are_named(tmp_path, pictures):
     }  # fmt: skip
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    rows = [{**good, "file": str(pictures / good["file"]), "caption": f"fine {i}"} for i in range(300)]
+    (tmp_path / "linked").symlink_to(pictures)
+    rows = [{**good, "file": f"linked/{good['file']}", "caption": f"fine {i}"} for i in range(300)]
     for at, name in zip((3, 77, 150, 299), files):
         rows[at] = {"file": name, "caption": name}
     lines = write_jsonl(tmp_path / "a.jsonl", rows)

@@ -152,7 +152,7 @@ class Guard:
 
     def _check(self, event: str, path: str | bytes, allowed: tuple[str, ...]) -> None:
         text = os.path.realpath(os.fsdecode(path))
-        if text.endswith((".pyc", ".py")) or "__pycache__" in text:
+        if text.endswith((".pyc", ".py", ".pyx")) or "__pycache__" in text:
             return
         if not any(text == folder or text.startswith(folder + os.sep) for folder in allowed):
             self.seen.append((event, text[:200], traceback.extract_stack()))

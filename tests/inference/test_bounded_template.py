@@ -76,7 +76,7 @@ GROWING = {
     "lists": _TWICE.format(start="[1]", step="n.x + n.x", end=""),
     "numbers": _TWICE.format(start="9", step="n.x * n.x", end=""),
     "shared": _TWICE.format(start="[1]", step="[n.x, n.x]", end="{{ n.x }}"),
-    "dicts": _TWICE.format(start="1", step="{1: n.x, 2: n.x}", end=""),
+    "dicts": _TWICE.format(start="1", step="{1: n.x, 2: n.x}", end="{{ n.x }}"),
     "joined": _TWICE.format(start="'aaaa'", step="[n.x, n.x]|join", end=""),
     "method": _TWICE.format(start="'ab'", step="n.x.join([n.x, n.x])", end=""),
     "replaced": _TWICE.format(start="'ab'", step="n.x.replace('a', 'ab' ~ n.x)", end=""),
@@ -173,3 +173,14 @@ def test_an_account_is_of_one_rendering():
     assert isinstance(bounded_template.render(bounded_template.BoundedEnvironment().from_string("a{{ 1 }}")), str)
     with pytest.raises(jinja2.TemplateError):
         bounded_template.BoundedEnvironment().from_string("{{ 1|nothing }}")
+
+
+def test_a_long_conversation_is_no_loop():
+    """2,000 turns of 1,000 characters; every turn asks how many there are, and looks at their roles."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "word " * 200} for i in range(2000)]
+    template = (
+        "{% macro turn(m) %}{{ m.role ~ ': ' ~ m.content|trim }}{% endmacro %}{% for m in messages[::-1] %}"
+        "{% if m.content is string and m.role in ('user', 'assistant') and messages|length > loop.index0 %}"
+        "{{ turn(m) }}{{ '\n' if not loop.last }}{% endif %}{% endfor %}"
+    )
+    assert ChatTemplate(template).render(turns).count("\n") == 1999

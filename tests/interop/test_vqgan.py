@@ -80,3 +80,22 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
 def test_a_folder_without_its_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no config.json; is it the folder of a diffusers VQModel"):
         load_vqmodel(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"block_out_channels": []}, "is not a list of widths"),
+        ({"block_out_channels": [0, 8]}, "is not a list of widths"),
+        ({"block_out_channels": ["a"]}, "is not a list of widths"),
+        ({"down_block_types": [[]]}, "is not a list of names"),
+        ({"up_block_types": 3}, "is not a list of names"),
+        ({"act_fn": "x" * 70_000}, "act_fn"),
+        ({"norm_num_groups": 10**400}, "norm_groups"),
+        ({"_class_name": "x" * 70_000}, "_class_name"),
+    ],
+)
+def test_values_of_other_kinds(changes, words):
+    with pytest.raises((ValueError, NotImplementedError), match=words) as error:
+        read_vqmodel_config({**vqgan_small.FIELDS, **changes}, 16)
+    assert str(error.value).startswith("config.json") and len(str(error.value)) < 1000
