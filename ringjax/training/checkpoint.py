@@ -100,7 +100,8 @@ def check_same_arrays(saved: dict[str, str], wanted: dict[str, str], where: str,
     lines += [f"{n} is only in this {what}" for n in wanted if n not in saved]
     if lines:
         more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
-        raise CheckpointError(f"{where} is of another {what}: {'; '.join(lines[:8])}{more}; use another run_dir")
+        said = "; ".join(line[:300] for line in lines[:8])
+        raise CheckpointError(f"{where} is of another {what}: {said}{more}; use another run_dir")
 
 
 def step_folders(folder: Path) -> list[tuple[int, Path]]:
