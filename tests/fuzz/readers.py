@@ -5,11 +5,11 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from ringjax.data.errors import DataError
+from ringjax.data.errors import DataError, MissingShard
 from ringjax.training.yaml_tree import ConfigError
 from tests.fuzz import seeds_models
 
-ERRORS = (ValueError, DataError, ConfigError, FileNotFoundError, NotImplementedError)
+ERRORS = (ValueError, DataError, MissingShard, ConfigError, FileNotFoundError, NotImplementedError)
 _TEXT = "Hello there, 123 é 漢字 <|im_start|>\n\tabc cab\0"
 
 

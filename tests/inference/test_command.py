@@ -152,20 +152,20 @@ def test_wrong_calls_say_so(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["--image", "{text}"], "picture {text} is none of PNG, JPEG, WEBP, GIF"),
-        (["--image", "{folder}"], "folder {folder} holds no frames"),
-        (["--prompt", "a", "--stop", "b"], "stop 'b' is for published models"),
-        (["--prompt", "a", "--stop_tokens", "<|im_end|>"], "stop token '<|im_end|>' is no special token of this"),
-        (["--prompt", "a", "--stop_tokens", "</S>"], "it has </s>, "),
+        (["--image", "{text}"], 65, "picture {text} is none of PNG, JPEG, WEBP, GIF"),
+        (["--image", "{folder}"], 65, "folder {folder} holds no frames"),
+        (["--prompt", "a", "--stop", "b"], 1, "stop 'b' is for published models"),
+        (["--prompt", "a", "--stop_tokens", "<|im_end|>"], 1, "stop token '<|im_end|>' is no special token of this"),
+        (["--prompt", "a", "--stop_tokens", "</S>"], 1, "it has </s>, "),
     ],
 )
-def test_what_a_run_cannot_take(arguments, message, tmp_path, capsys):
+def test_what_a_run_cannot_take(arguments, code, message, tmp_path, capsys):
     (tmp_path / "frames").mkdir()
     names = dict(text=tmp_path / "seven.png", folder=tmp_path / "frames")
     names["text"].write_text("not a picture")
-    assert cli.main(["generate", str(tiny_run()), *(argument.format(**names) for argument in arguments)]) == 1
+    assert cli.main(["generate", str(tiny_run()), *(argument.format(**names) for argument in arguments)]) == code
     assert message.format(**names) in capsys.readouterr().err
 
 
@@ -181,7 +181,7 @@ def test_a_run_of_text_says_so(monkeypatch, capsys):
 def test_a_missing_run_or_picture_says_so(capsys):
     assert cli.main(["generate", "/no/run", "--prompt", "a"]) == 1
     assert "/no/run is no run folder" in capsys.readouterr().err
-    assert cli.main(["generate", str(tiny_run()), "--image", "/no/picture.png"]) == 1
+    assert cli.main(["generate", str(tiny_run()), "--image", "/no/picture.png"]) == 65
     assert "picture /no/picture.png does not exist" in capsys.readouterr().err
     assert cli.main(["generate"]) == 0  # the help
 
