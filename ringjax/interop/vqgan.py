@@ -38,6 +38,7 @@ _HARMLESS = {
     "_class_name", "_diffusers_version", "_name_or_path", "force_upcast", "lookup_from_codebook", "sample_size",
     "scaling_factor",
 }  # fmt: skip
+_TENSORS_OF_A_BLOCK = 8  # two norms and two convolutions
 
 
 def read_vqmodel_config(fields: Mapping[str, Any], resolution: int, where: str = "config.json") -> VQGANConfig:
@@ -98,12 +99,23 @@ def load_vqmodel(folder: str | Path, resolution: int = 256) -> VQGAN:
             raise FileNotFoundError(f"{folder} has no {name}; is it the folder of a diffusers VQModel?")
     config = read_vqmodel_config(read_json(folder / "config.json"), resolution, str(folder / "config.json"))
     source = SafetensorsSource(folder / WEIGHTS)
+    _check_blocks(config, len(source.shapes), folder)
     graph, state = nnx.split(VQGAN.abstract(config))
     flat = dict(nnx.to_flat_state(state))
     recipes = {path: _recipe(path, leaf.get_value().shape) for path, leaf in flat.items()}
     check_tensors(source, recipes, lambda name: False)
     loaded = [(path, leaf.replace(_read(recipes[path], source))) for path, leaf in flat.items()]
     return nnx.merge(graph, nnx.from_flat_state(loaded))
+
+
+def _check_blocks(config: VQGANConfig, tensors: int, folder: Path) -> None:
+    """Raises ValueError where a file can hold no half of the blocks, before their shapes are worked out for seconds."""
+    blocks = len(config.multipliers) * (2 * config.res_blocks + 1)
+    if 2 * tensors < _TENSORS_OF_A_BLOCK * blocks:
+        raise ValueError(
+            f"{folder}: config.json describes {blocks} residual blocks of {_TENSORS_OF_A_BLOCK} tensors each, and"
+            f" {WEIGHTS} holds {tensors} tensors; take both files from one model"
+        )
 
 
 def _recipe(path: tuple[str | int, ...], shape: tuple[int, ...]) -> Recipe:

@@ -1,5 +1,7 @@
 """diffusers' VQModel as our VQGAN: the same latents, codes and pictures; and what is refused."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -99,3 +101,11 @@ def test_values_of_other_kinds(changes, words):
     with pytest.raises((ValueError, NotImplementedError), match=words) as error:
         read_vqmodel_config({**vqgan_small.FIELDS, **changes}, 16)
     assert str(error.value).startswith("config.json") and len(str(error.value)) < 1000
+
+
+def test_more_blocks_than_the_file_can_hold_are_refused_at_once(tmp_path):
+    folder = vqgan_small.write(tmp_path, vqgan_small.weights())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layers_per_block": 16}))
+    with pytest.raises(ValueError, match="residual blocks of 8 tensors each, and .* holds [0-9]+ tensors"):
+        load_vqmodel(folder, vqgan_small.RESOLUTION)
