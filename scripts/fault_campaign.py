@@ -37,7 +37,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of all instants and places")
     parser.add_argument("--short", action="store_true", help="a few of each kind")
     parser.add_argument("--table", action="store_true", help="print the table of FOLDER and leave")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.runs is not None and options.runs < 1:
+        parser.error(f"--runs {options.runs} must be at least 1; leave it out for each kind's own number")
+    return options
 
 
 def main() -> int:
@@ -53,7 +56,8 @@ def main() -> int:
     chosen = {kind.name: kind for kind in kinds()}
     for name in options.only or []:
         if name not in chosen:
-            sys.exit(f"kind {name!r} is unknown; use {', '.join(chosen)}")
+            print(f"--only: kind {name!r} is unknown; use {', '.join(chosen)}", file=sys.stderr)
+            return 2
     log = folder / "outcomes.jsonl"
     if options.table:
         print(table(list(chosen.values()), read(log)))

@@ -31,6 +31,8 @@ def main() -> int:
         "--findings", type=Path, default=Path("fuzz-findings"), help="folder for inputs that are findings"
     )
     given = parser.parse_args()
+    if given.inputs < 1 or not given.minutes > 0:
+        parser.error(f"--inputs {given.inputs} and --minutes {given.minutes:g} must be above 0: nothing would be read")
     outcomes = []
     for name in TARGETS if "all" in given.target else given.target:
         outcome = run(

@@ -137,14 +137,19 @@ def get(strategy: str, ring: Ring, host_size: int | None = None, unroll: bool | 
     return AllGather(ring) if strategy == "all_gather" else Ulysses(ring)
 
 
+def check_hosts(strategy: str, host_size: int | None, devices: int) -> None:
+    """Raises ValueError for a `host_size` into which a two-level ring of so many devices cannot be cut."""
+    if strategy == "two_level" and host_size is not None and devices % min(devices, host_size):
+        raise ValueError(
+            f"a ring of {devices} devices cannot be cut into hosts of {host_size}; give a host_size that divides"
+            f" {devices}, or use strategy 'ring'"
+        )
+
+
 def _inside(host_size: int | None, devices: int) -> int:
     """Neighbours in the ring with fast links between them."""
     inside = min(devices, _host_size("two_level", host_size))
-    if devices % inside:
-        raise ValueError(
-            f"a ring of {devices} devices cannot be cut into hosts of {inside}; give a host_size that divides"
-            f" {devices}, or use strategy 'ring'"
-        )
+    check_hosts("two_level", inside, devices)
     return inside
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import yaml
 
+from ringjax.training.coordinator import coordinator
 from ringjax.training.load import to_plain
 from ringjax.training.yaml_tree import ConfigError
 
@@ -44,31 +45,20 @@ def require_same(what: str, facts: Callable[[], Facts]) -> None:
     process, which names the processes and hosts that differ and in what. A process that runs alone only sees its own
     errors.
     """
-    client, index, count = _cluster()
-    if client is None or count == 1:
+    found = coordinator()
+    if found is None:
         facts()
         return
+    client, index, count = found.client, found.index, found.count
     key = f"ringjax/agreement/{what}/{_rounds[what]}"
     _rounds[what] += 1
     client.key_value_set(f"{key}/{index}", json.dumps(_statement(facts)))
     if index == 0:
-        found = [json.loads(client.blocking_key_value_get(f"{key}/{i}", PATIENCE_MS)) for i in range(count)]
-        client.key_value_set(f"{key}/verdict", json.dumps(verdict(what, found)))
+        statements = [json.loads(client.blocking_key_value_get(f"{key}/{i}", PATIENCE_MS)) for i in range(count)]
+        client.key_value_set(f"{key}/verdict", json.dumps(verdict(what, statements)))
     problems = json.loads(client.blocking_key_value_get(f"{key}/verdict", PATIENCE_MS))
     if problems:
         raise ConfigError(problems)
-
-
-def _cluster() -> tuple[Any, int, int]:
-    """The client of the coordinator (None: a process alone), this process and how many there are.
-
-    `jax.process_index` would start the devices, which may be what fails; there is no public way (jax 0.12).
-    """
-    if not jax.distributed.is_initialized():
-        return None, 0, 1
-    from jax._src.distributed import global_state
-
-    return global_state.client, global_state.process_id, global_state.num_processes
 
 
 def _statement(facts: Callable[[], Facts]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ringjax.attention.strategies import check_hosts
 from ringjax.models.sizes import get_size
 from ringjax.training.config import STAGE_SECTIONS, RunConfig, StageConfig
 from ringjax.training.image_tokenizer.config import TokenizerRun
@@ -210,6 +211,7 @@ def check_stage_devices(stage: StageConfig, device_count: int, simulated: bool =
         )
     sizes = {"dp": dp, "fsdp": fsdp, "tp": tp, "sp": sp}
     stage.model.validate_mesh(sizes, seq_len=training.seq_len, layout=stage.mesh.layout)
+    check_hosts(stage.mesh.strategy, stage.mesh.host_size, sp)
     if stage.model.vision_vocab_size and stage.data.vision_codes != stage.model.vision_codes:
         raise ValueError(
             f"data.vision_codes {stage.data.vision_codes} and model.vision_codes {stage.model.vision_codes} differ;"

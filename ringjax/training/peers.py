@@ -29,6 +29,7 @@ import jax
 from ringjax.disk import chain
 from ringjax.exit_codes import ExitCode
 from ringjax.training.config import DistributedConfig
+from ringjax.training.coordinator import coordinator
 
 _FOLDER = "ringjax/peers"
 _rounds = itertools.count()
@@ -71,15 +72,10 @@ class Watch(contextlib.AbstractContextManager):
         self._threads: list[threading.Thread] = []
 
     def __enter__(self):
-        if not jax.distributed.is_initialized():
+        found = coordinator()
+        if found is None:
             return self
-        # There is no public way to the key-value store of a run (jax 0.12).
-        from jax._src.distributed import global_state
-
-        if global_state.num_processes == 1:
-            return self
-        self._client, self._address = global_state.client, global_state.coordinator_address
-        self._index, self._count = global_state.process_id, global_state.num_processes
+        self._client, self._address, self._index, self._count = found
         self._folder = f"{_FOLDER}/{next(_rounds)}"  # a second run of the same processes begins afresh
         self._client.key_value_set(f"{self._folder}/name/{self._index}", f"{socket.gethostname()}, pid {os.getpid()}")
         self._answered = time.monotonic()

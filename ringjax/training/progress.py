@@ -68,6 +68,7 @@ class PlainLines(Quiet):
     def start_stage(self, name: str, done: int, steps: int) -> None:
         self._stage, self._steps = name, steps
         self._left.restart(done, steps)
+        self._speeds.restart()
 
     def step(self, record: dict[str, Any]) -> None:
         done = record["stage_step"]
@@ -102,6 +103,7 @@ class RichDisplay(Quiet):
         if self._task is not None:
             self._progress.stop_task(self._task)
         self._left.restart(done, steps)
+        self._speeds.restart()
         self._task = self._progress.add_task(name, total=steps, completed=done, measured="compiling …", left="?")
 
     def step(self, record: dict[str, Any]) -> None:
@@ -122,6 +124,10 @@ class _Speeds:
 
     def __init__(self, steps: int):
         self._seconds: collections.deque[float] = collections.deque(maxlen=max(1, steps))
+
+    def restart(self) -> None:
+        """A stage begins, whose steps take another time."""
+        self._seconds.clear()
 
     def over_last(self, record: dict[str, Any]) -> dict[str, Any]:
         """The record with its speeds as means over the last steps; a step without a time counts for nothing."""

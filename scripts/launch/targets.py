@@ -51,7 +51,8 @@ def slurm(launch: Launch) -> Rendered:
     head = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
     # The whole job is told of its end 300 s before: training saves and can go on.
     head += ["#SBATCH --signal=TERM@300", *(f"#SBATCH {line}" for line in found.options)]
-    script = "\n".join(["#!/bin/bash", *head, shell(launch, run="exec srun --kill-on-bad-exit=1")])
+    # The processes say themselves who is lost, and end: srun would end them before that, with another exit code.
+    script = "\n".join(["#!/bin/bash", *head, shell(launch, run="exec srun --kill-on-bad-exit=0 --wait=0")])
     return Rendered({f"{launch.name}.sbatch": script}, [["sbatch", f"{launch.name}.sbatch"]])
 
 

@@ -97,7 +97,8 @@ def test_slurm_starts_a_process_for_each_gpu(modules, odd, tmp_path):
     options = re.findall(r"^#SBATCH (.*)$", script, re.M)
     assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--partition=gpu", "--exclusive"} <= set(options)
     assert script.startswith("#!/bin/bash\n#SBATCH")  # nothing before the options: sbatch stops reading there
-    (tmp_path / "srun").write_text('#!/bin/bash\n[ "$1" = --kill-on-bad-exit=1 ] && shift && exec "$@"\n')
+    flags = "--kill-on-bad-exit=0 --wait=0"
+    (tmp_path / "srun").write_text(f'#!/bin/bash\n[ "$1 $2" = "{flags}" ] && shift 2 && exec "$@"\n')
     (tmp_path / "srun").chmod(0o755)
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     arrived(run(["bash", "-c", script], PATH=f"{tmp_path}:{os.environ['PATH']}"), odd)

@@ -34,6 +34,19 @@ def test_plain_lines_come_at_the_first_last_and_every_nth_step():
     assert "pictures" not in printed[1] and printed[-1].endswith("left 0:00")
 
 
+def test_speeds_are_means_over_the_last_steps():
+    """4000 tokens a step in 0.1, 0.1, 0.1 and 0.5 s are 20k a second, whatever the last says; the next stage anew."""
+    stream = io.StringIO()
+    lines = PlainLines(every=4, stream=stream)
+    for seconds in ((0.1, 0.1, 0.1, 0.5), (2.0, 2.0, 2.0, 2.0)):
+        lines.start_stage("a", 0, 100)
+        for step, took in enumerate(seconds, 1):
+            speeds = {"seconds": took, "tokens_per_second": 4000 / took, "mfu": 0.01 / took}
+            lines.step({**RECORD, "stage_step": step, **speeds})
+    printed = [line for line in stream.getvalue().splitlines() if " 4/100 " in line]
+    assert "  20k tok/s  MFU 5.0 %" in printed[0] and "  2k tok/s  MFU 0.5 %" in printed[1]
+
+
 def test_rich_display_shows_the_same_numbers():
     from rich.console import Console
 

@@ -146,3 +146,17 @@ def test_dropout_is_for_training_alone():
         plain = make_trainer(without, OptimizerConfig(), parallel, steps=10, start=0, donate=False)
         assert float(evaluated) == pytest.approx(float(plain.step(state, batch)[1]["loss"]), rel=1e-6)
         assert float(evaluated) != pytest.approx(float(trained["loss"]), rel=1e-4)
+
+
+def test_every_step_drops_something_else():
+    parallel = Parallel(make_mesh("8,1,1,1"))
+    # Nothing is learned, so that only what is dropped tells the two steps apart.
+    trainer = make_trainer(DROPPED, OptimizerConfig(learning_rate=1e-30, min_learning_rate=0, weight_decay=0), parallel,
+                           steps=10, start=0, donate=False)  # fmt: skip
+    batch = place_batch(make_batch(), parallel.mesh, 1, row_group(parallel.mesh, ROWS))
+    first = trainer.init(0)
+    second, one = trainer.step(first, batch)
+    _, other = trainer.step(second, batch)
+    _, again = trainer.step(first, batch)
+    assert float(one["loss"]) == float(again["loss"])
+    assert float(one["loss"]) != pytest.approx(float(other["loss"]), rel=1e-4)
