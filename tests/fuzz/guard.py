@@ -108,8 +108,6 @@ class Guard:
             caught = Slow()
         self.watching = False
         grown = _peak() - before
-        if isinstance(caught, Slow):
-            return Verdict("slow", f"over {SECONDS} s", "")
         if self.seen:
             return Verdict(
                 "outside", f"{self.seen[0][0]} {self.seen[0][1][:60]} {_ours(self.seen[0][2])}", f"{self.seen[0]}"
@@ -120,6 +118,8 @@ class Guard:
             return Verdict(
                 "memory", "grew by over 1 GiB", f"{grown >> 20} MiB; {type(caught).__name__}: {str(caught)[:200]}"
             )
+        if isinstance(caught, Slow):  # last: it may be slow because of any of the others
+            return Verdict("slow", f"over {SECONDS} s", "")
         return _judged(caught, errors, names)
 
     def _caught(self, read: Callable[[Path], object], case: Path) -> BaseException | None:
