@@ -53,15 +53,20 @@ def _orbax():
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     import orbax.checkpoint.experimental.v1 as ocp
 
-    before = sys.unraisablehook
-
-    def hook(raised) -> None:
-        # Where a save fails, tensorstore tells the rest of its futures to a loop that is gone, and prints each.
-        if str(raised.exc_value) != "Event loop is closed":
-            before(raised)
-
-    sys.unraisablehook = hook
+    sys.unraisablehook = functools.partial(_without_given_up, sys.unraisablehook)
     return ocp
+
+
+def _without_given_up(report: Callable[[Any], None], raised: Any) -> None:
+    """`report`s an unraisable exception (`sys.unraisablehook`), but not of what orbax gave up after a failure.
+
+    Where a save fails, tensorstore tells the rest of its futures to a loop that is gone, and prints each. Where a load
+    fails, the reads that were under way are collected some time later, and orbax wraps the GeneratorExit that ends
+    each of them.
+    """
+    error = raised.exc_value
+    if str(error) != "Event loop is closed" and not isinstance(getattr(error, "__cause__", None), GeneratorExit):
+        report(raised)
 
 
 def _start_saving(path: Path, named: dict[str, Any]):

@@ -1,10 +1,13 @@
 """Checkpoints: whole or not at all, on any mesh, and clear words when something is wrong."""
 
 import errno
+import functools
+import gc
 import hashlib
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 
@@ -271,3 +274,25 @@ def test_arrays_that_cannot_be_read_are_told_as_a_checkpoints_fault(tmp_path):
     biggest_file(path).write_bytes(b"garbled")
     with pytest.raises(CheckpointError, match="step_00000001: the arrays 'params' cannot be read"):
         load_arrays(path, "params", arrays(1)["params"])
+
+
+def test_reads_that_were_given_up_are_not_reported_later(tmp_path, monkeypatch):
+    """Orbax's reads that were under way when one failed end when they are collected, anywhere in what comes after."""
+    reported = []
+    ckpt._orbax()
+    monkeypatch.setattr(sys, "unraisablehook", functools.partial(ckpt._without_given_up, reported.append))
+    store = store_of(tmp_path)
+    save_steps(store, [1])
+    path = store.folder / "step_00000001"
+    biggest_file(path).write_bytes(b"garbled")
+    with pytest.raises(CheckpointError):
+        load_arrays(path, "params", arrays(1)["params"])
+    gc.collect()
+    assert reported == []
+
+    class Faulty:
+        def __del__(self):
+            raise ValueError("another kind of error is reported as ever")
+
+    Faulty()
+    assert [str(raised.exc_value) for raised in reported] == ["another kind of error is reported as ever"]
