@@ -10,14 +10,15 @@
 #
 #   data/NAME/vqgan.safetensors   an image tokenizer of 1,024 codes, 8 × 8 a picture: VQGAN=FILE names one, otherwise
 #                                 configs/vqgan_128.yaml (vqgan_small.yaml) is trained
-#   data/NAME/…                   tokenized: pictures, clips, turns, long videos, prose, and what is held out
+#   data/NAME/…                   tokenized: pictures, clips, their first frames alone, turns, long videos, prose, and
+#                                 what is held out
 #   runs/NAME                     the model
 #   runs/NAME/released            --small: the folder that `ringjax generate` takes, and the package ships
 #   runs/NAME/gallery.png …       held-out captions recognised and drawn, a gallery, a needle in a video, perplexity
 #
 # RINGJAX is the command (ringjax), PYTHON its interpreter (python), VARIANTS how differently a picture is seen (16).
 set -euo pipefail
-if [ $# -lt 2 ]; then sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2; fi
+if [ $# -lt 2 ]; then sed -n '2,22s/^# \{0,1\}//p' "$0"; exit 2; fi
 ringjax=${RINGJAX:-ringjax} python=${PYTHON:-python}
 given=$(realpath "$1") small='' name=any_to_any vqgan=vqgan_128 variants=${VARIANTS:-16}
 if [ "$2" = --small ]; then
@@ -83,6 +84,8 @@ look=(--vision_tokenizer "$out/vqgan.safetensors" --on_error skip --long_caption
 train=("${look[@]}" --split train --mirror)
 tokenize images "$images" "${train[@]}" --variants "$variants" --fields "${see[@]}" "${sort[@]}" "${draw[@]}" "${draw[@]}"
 tokenize videos "$videos" "${train[@]}" --variants "$variants" --fields "${see[@]}" "${film[@]}"
+# A clip's first frame as a picture of its own: in the clip it is a sixteenth of one example.
+tokenize stills "$videos" "${train[@]}" --variants "$variants" --max_frames 1 --fields "${see[@]}" "${draw[@]}"
 tokenize turns "$images" "$videos" "${train[@]}" --variants 4 --join 8 --join_least 2 --fields "${turns[@]}"
 tokenize heldout_images "$images" "${look[@]}" --split heldout --fields '[vision],caption' '[caption],vision'
 tokenize heldout_videos "$videos" "${look[@]}" --split heldout --fields '[vision],caption' '[caption],vision'

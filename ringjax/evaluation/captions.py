@@ -1,5 +1,6 @@
 """Held-out pictures and clips put into words: the right caption among ten, by likelihood."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -29,6 +30,8 @@ def run_captions(
             choices = draw_choices(heldout, line, config.choices, config.seed)
             start = time.perf_counter()
             verdict = judge(frames, choices.captions)
+            asked = [config.asked(caption, len(frames)) for caption in choices.captions]
+            verdict = dataclasses.replace(verdict, codes=judge.of_codes(frames, asked))
             seconds = time.perf_counter() - start
             # The first of a kind waits for compilation: its time does not count where there are others.
             compiled = (line.kind, len(frames)) not in seen

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ringjax.evaluation.choices import MEASURES
 from ringjax.evaluation.eval_report import STYLE, html_picture, html_table
 from ringjax.evaluation.pictures import new_figure, save_figure
 from ringjax.evaluation.results import Results
@@ -58,7 +57,8 @@ def choice_lines(records: Sequence[Record]) -> list[ChoiceLine]:
         groups.setdefault((record["part"], record["method"]), []).append(record)
     lines = []
     for (part, method), group in sorted(groups.items(), key=lambda pair: (pair[0][0] != "pictures", pair[0][1])):
-        shares = {by: Share.of(sum(record["right"][by] for record in group), len(group)) for by in MEASURES}
+        measures = group[0]["right"]
+        shares = {by: Share.of(sum(record["right"][by] for record in group), len(group)) for by in measures}
         warm = [record for record in group if not record["compiled"]] or group
         seconds = sum(record["seconds"] for record in warm) / len(warm)
         chance = sum(1 / len(record["choices"]) for record in group) / len(group)
@@ -68,7 +68,7 @@ def choice_lines(records: Sequence[Record]) -> list[ChoiceLine]:
 
 def choice_table(lines: Sequence[ChoiceLine], by: str) -> tuple[list[str], list[list[str]]]:
     """Head and rows; the measure that decides stands first."""
-    order = [by, *(name for name in MEASURES if name != by)]
+    order = [by, *(name for name in _measures(lines) if name != by)]
     head = ["what", "shown", "questions", *(f"right by {name} (95 %)" for name in order), "chance", "s each"]
     rows = [
         [line.part, line.method, str(line.count), *(str(line.shares[name]) for name in order), f"{line.chance:.0%}",
@@ -76,6 +76,10 @@ def choice_table(lines: Sequence[ChoiceLine], by: str) -> tuple[list[str], list[
         for line in lines
     ]  # fmt: skip
     return head, rows
+
+
+def _measures(lines: Sequence[ChoiceLine]) -> list[str]:
+    return list(lines[0].shares)
 
 
 def choice_markdown(lines: Sequence[ChoiceLine], by: str) -> str:
@@ -105,14 +109,15 @@ def draw_choices_picture(path: Path, lines: Sequence[ChoiceLine], title: str) ->
     """A group of bars a line, a bar a measure, with its interval, and chance dashed."""
     figure = new_figure(max(4.5, 1.5 + 1.3 * len(lines)), 3.6)
     axes = figure.add_subplot()
-    width = 0.8 / len(MEASURES)
-    for number, by in enumerate(MEASURES):
+    measures = _measures(lines)
+    width = 0.8 / len(measures)
+    for number, by in enumerate(measures):
         shares = [line.shares[by] for line in lines]
         heights = [share.right / share.count for share in shares]
         # Rounding may put an end of the interval past the share itself.
         below = [max(0.0, height - share.low) for height, share in zip(heights, shares)]
         above = [max(0.0, share.high - height) for height, share in zip(heights, shares)]
-        places = [i + (number - 1) * width for i in range(len(lines))]
+        places = [i + (number - (len(measures) - 1) / 2) * width for i in range(len(lines))]
         axes.bar(places, heights, width * 0.92, yerr=[below, above], capsize=3, label=by)
     axes.axhline(lines[0].chance, color="grey", linestyle="--", linewidth=1, label="chance")
     axes.set_xticks(range(len(lines)), [f"{line.part}\n{line.method} ({line.count})" for line in lines])

@@ -3,9 +3,12 @@
     sum     log p(caption and its end | picture): the likelihood itself
     mean    that per token: a long caption is not unlikely because it is long
     lift    less log p(caption and its end) without the picture: what the picture has said for it
+    codes   log p(picture | caption), of its codes: by Bayes' theorem that of the caption, each being as likely as
+            another (a generative model as a classifier: Li et al. 2023, arXiv:2303.16203)
 
-The others are captions of the held-out set of the same kind, all different, drawn with the seed, in any order. Right
-and wrong ones are drawn alike, so that no measure can be right above chance without looking at the picture.
+The first three are the captioner's, the last is asked of what draws. The other captions are of the held-out set and the
+same kind, all different, drawn with the seed, in any order. Right and wrong ones are drawn alike, so that no measure
+can be right above chance without looking at the picture.
 """
 
 import dataclasses
@@ -20,10 +23,11 @@ from ringjax.data.example import Example
 from ringjax.evaluation.heldout import HeldOut, Line, same_words
 from ringjax.evaluation.likelihood import Likelihood
 from ringjax.evaluation.question import Cell
-from ringjax.evaluation.vision_config import By
+from ringjax.evaluation.vision_config import By, ByCodes
 from ringjax.inference.trained import TrainedRun
 
 MEASURES: tuple[By, ...] = ("sum", "mean", "lift")
+"""Of words after a picture."""
 
 
 class Choices(NamedTuple):
@@ -61,13 +65,22 @@ class Verdict:
     sums: Float[np.ndarray, " n"]
     tokens: Int[np.ndarray, " n"]
     alone: Float[np.ndarray, " n"]
+    codes: Float[np.ndarray, " n"] | None = None
+    """log p(picture | caption); None: not asked."""
 
-    def picked(self, by: By) -> int:
+    @property
+    def measures(self) -> tuple[ByCodes, ...]:
+        """What can be compared."""
+        return MEASURES if self.codes is None else (*MEASURES, "codes")
+
+    def picked(self, by: ByCodes) -> int:
         """The likeliest of the choices."""
         return int(np.argmax(self.scores(by)))
 
-    def scores(self, by: By) -> Float[np.ndarray, " n"]:
+    def scores(self, by: ByCodes) -> Float[np.ndarray, " n"]:
         """What is compared."""
+        if by == "codes":
+            return self.codes
         return {"sum": self.sums, "mean": self.sums / self.tokens, "lift": self.sums - self.alone}[by]
 
 
@@ -83,6 +96,10 @@ class Judge:
     def __call__(self, codes: Int[np.ndarray, "frames codes"], captions: Sequence[str]) -> Verdict:
         """How likely each caption is after a picture or clip (and the prompt after it)."""
         return self.after(self.run.prompts.see([codes], self._prompt), captions)
+
+    def of_codes(self, codes: Int[np.ndarray, "frames codes"], words: Sequence[str]) -> Float[np.ndarray, " n"]:
+        """How likely the picture or clip is after each of the words that it may have been drawn after."""
+        return self._likelihood.of([self.run.prompts.drawn(text, codes) for text in words])
 
     def after(self, prompt: Example, captions: Sequence[str], alone: Example | None = None) -> Verdict:
         """The same after any prompt; `alone` is the one that lift compares with (None: no picture)."""
@@ -106,15 +123,16 @@ class Judge:
 
 
 def choice_record(
-    method: str, cell: Cell, choices: Choices, verdict: Verdict, by: By, seconds: float, compiled: bool
+    method: str, cell: Cell, choices: Choices, verdict: Verdict, by: ByCodes, seconds: float, compiled: bool
 ) -> dict[str, Any]:
     """A line of the results: everything that the table needs, and enough to compare otherwise later."""
-    picked = {name: verdict.picked(name) for name in MEASURES}
+    picked = {name: verdict.picked(name) for name in verdict.measures}
+    more = {} if verdict.codes is None else {"of_codes": [round(float(x), 4) for x in verdict.codes]}
     return {
         "method": method, **cell._asdict(), "score": float(picked[by] == choices.right),
         "right": {name: found == choices.right for name, found in picked.items()},
         "answers": [choices.captions[choices.right]], "text": choices.captions[picked[by]],
         "choices": list(choices.captions), "log_likelihoods": [round(float(x), 4) for x in verdict.sums],
         "answer_tokens": verdict.tokens.tolist(), "alone": [round(float(x), 4) for x in verdict.alone],
-        "seconds": round(seconds, 4), "compiled": compiled,
+        "seconds": round(seconds, 4), "compiled": compiled, **more,
     }  # fmt: skip

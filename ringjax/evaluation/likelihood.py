@@ -1,4 +1,4 @@
-"""How likely a model finds several answers to one prompt, which is read once.
+"""How likely a model finds several answers to one prompt, which is read once; or what bears loss in whole rows.
 
     log p(answer | prompt) = Σ log p(token | the prompt and the answer's tokens before it)
 
@@ -10,14 +10,16 @@ The last token of the prompt begins every row, so that a row's hidden states pre
 window has no prefix that all tokens see: there every row holds the whole prompt.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ringjax.attention import Reach, layouts
 from ringjax.data.example import Example
@@ -51,22 +53,41 @@ class Likelihood:
             raise ValueError(f"answer {empty} has no tokens; give it some words")
         shares = self._config.window is None and len(prompt) > 1
         begin = _part(prompt, len(prompt) - 1, len(prompt)) if shares else prompt
-        rows = [append_text(begin, answer) for answer in answers]
-        rows = fill(rows, 1, self._parallel)
-        inputs, _ = batch_prompts([_part(row, 0, len(row) - 1) for row in rows], 0, self._parallel)
-        targets = np.zeros_like(inputs.tokens)
-        for place, row in enumerate(rows):
-            targets[place, : len(row) - 1] = row.tokens[1:]
-        shared = self._shared(_part(prompt, 0, len(prompt) - 1)) if shares else None
-        first = np.int32(len(begin) - 1)
-        sums = _sums(self._params, shared, inputs, targets, first, graph=self._graph, parallel=self._parallel)
-        return distributed.fetch(sums).astype(np.float64)[: len(answers)]
+        rows = [_learned(append_text(begin, answer), len(begin)) for answer in answers]
+        return self._of(rows, self._shared(_part(prompt, 0, len(prompt) - 1)) if shares else None)
+
+    def of(self, rows: Sequence[Example]) -> Float[np.ndarray, " rows"]:
+        """log p of those tokens of each row that bear loss, text or vision, each after all tokens before it."""
+        return self._of(list(rows), None)
+
+    def _of(self, rows: list[Example], shared: PromptBatch | None) -> Float[np.ndarray, " rows"]:
+        filled = fill(rows, 1, self._parallel)
+        inputs, _ = batch_prompts([_part(row, 0, len(row) - 1) for row in filled], 0, self._parallel)
+        targets = Targets(*(np.zeros(inputs.tokens.shape, dtype) for dtype in (np.int32, bool, bool)))
+        for place, row in enumerate(filled):
+            for whole, part in zip(targets, (row.tokens, row.modality, row.loss)):
+                whole[place, : len(row) - 1] = part[1:]
+        sums = _sums(self._params, shared, inputs, targets, graph=self._graph, parallel=self._parallel)
+        return distributed.fetch(sums).astype(np.float64)[: len(rows)]
 
     def _shared(self, prefix: Example) -> PromptBatch:
         parallel = self._parallel
         batch, capacity = batch_prompts([prefix] * parallel.size("dp", "fsdp"), 0, parallel)
         require_room(self._config, len(batch.tokens), capacity, parallel, option="a shorter prompt")
         return batch
+
+
+class Targets(NamedTuple):
+    """The tokens after those of a batch, of which table they are, and which count."""
+
+    tokens: Int[Array, "B T"]
+    modality: Bool[Array, "B T"]
+    active: Bool[Array, "B T"]
+
+
+def _learned(example: Example, start: int) -> Example:
+    """The example whose tokens from `start` on bear loss, and no others."""
+    return dataclasses.replace(example, loss=np.arange(len(example)) >= start)
 
 
 def _part(example: Example, start: int, stop: int) -> Example:
@@ -76,10 +97,9 @@ def _part(example: Example, start: int, stop: int) -> Example:
 
 @functools.partial(jax.jit, static_argnames=("graph", "parallel"))
 def _sums(
-    params, shared: PromptBatch | None, rows: PromptBatch, targets: Int[Array, "B T"], first: Int[Array, ""], *, graph,
-    parallel: Parallel,
+    params, shared: PromptBatch | None, rows: PromptBatch, targets: Targets, *, graph, parallel: Parallel
 ) -> Float[Array, " B"]:  # fmt: skip
-    """Σ log p of the targets of each row from its place `first` on."""
+    """Σ log p of each row's active targets."""
     model = nnx.merge(graph, params)
     prompt = None if shared is None else prefill_shared(model, shared, parallel)
     order, ring_size = layouts.get(parallel.layout), parallel.ring_size
@@ -90,7 +110,7 @@ def _sums(
         None if rows.ahead is None else Reach(place, cut(rows.ahead)), cache_length=rows.size, lengths=rows.lengths,
         parallel=parallel, prefix=None if prompt is None else prompt.prefix,
     )  # fmt: skip
-    active = (place >= first) & (place < rows.lengths[:, None])
-    heads, text = (model.head_kernel("text"), None), jnp.zeros(place.shape, bool)
-    nll = token_nll(heads, hidden, cut(targets), text, active, parallel=parallel, chunk=model.config.loss_chunk)
+    heads = (model.head_kernel("text"), None if model.vte is None else model.head_kernel("vision"))
+    tokens, modality, active = map(cut, targets)
+    nll = token_nll(heads, hidden, tokens, modality, active, parallel=parallel, chunk=model.config.loss_chunk)
     return -jnp.sum(nll, axis=1)

@@ -13,6 +13,7 @@ from ringjax.inference.sampling import Sampling
 
 Kind = Literal["pictures", "clips"]
 By = Literal["sum", "mean", "lift"]
+ByCodes = Literal["sum", "mean", "lift", "codes"]
 # The guidance of drawings where none is given: words count more than in training, as in every published sampler.
 GUIDANCE = 3.0
 
@@ -95,16 +96,44 @@ class ChoiceConfig(VisionConfig):
         _require(self.choices >= 2, f"choices {self.choices} must be at least 2: the right caption and another")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawingWords:
+    """What a model is told to draw."""
+
+    words: str = "{caption}"
+    """What a picture is drawn after; the caption goes where {caption} is."""
+    clip_words: str = "{caption}"
+    """What a clip is drawn after."""
+
+    def check_words(self) -> None:
+        """Raises ValueError for words without a place for the caption."""
+        for name in ("words", "clip_words"):
+            text = getattr(self, name)
+            _require("{caption}" in text, f"{name} {text!r} must hold {{caption}}: what is drawn")
+
+    def asked(self, caption: str, frames: int) -> str:
+        """The words for a drawing of so many frames."""
+        return (self.words if frames == 1 else self.clip_words).replace("{caption}", caption)
+
+
 @dataclasses.dataclass(frozen=True)
-class CaptionsConfig(ChoiceConfig):
+class CaptionsConfig(DrawingWords, ChoiceConfig):
     """Does a model know what it sees? The right caption of a held-out picture or clip among ten, by likelihood."""
 
     output: str = "runs/eval_captions"
     """Folder for results.jsonl, picture and report; an evaluation that was interrupted goes on there."""
+    by: ByCodes = "sum"
+    """What is compared. sum: log p(caption | picture); mean: that per token; lift: less log p(caption) without the
+    picture; codes: log p(picture | caption), of the words it is drawn after. All are reported; this one decides what
+    counts as right."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_words()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DrawingOptions:
+class DrawingOptions(DrawingWords):
     """How codes are drawn."""
 
     temperature: float = 1.0
@@ -115,18 +144,12 @@ class DrawingOptions:
     """Only the most likely codes that together reach this probability."""
     guidance: float = GUIDANCE
     """Classifier-free guidance: how much the words count, 1: as in training."""
-    words: str = "{caption}"
-    """What a picture is drawn after; the caption goes where {caption} is."""
-    clip_words: str = "{caption}"
-    """What a clip is drawn after."""
     batch: int = 32
     """Drawings at a time (with guidance twice as many rows)."""
 
     def check_drawing(self) -> None:
         """Raises ValueError for what cannot be sampled."""
-        for name in ("words", "clip_words"):
-            text = getattr(self, name)
-            _require("{caption}" in text, f"{name} {text!r} must hold {{caption}}: what is drawn")
+        self.check_words()
         _require(self.batch >= 1, f"batch {self.batch} must be at least 1")
         self.sampling(0)
 
@@ -139,10 +162,6 @@ class DrawingOptions:
     def later_sampling(self, seed: int) -> Sampling:
         """Of a clip's frames after the first in LWM's form, which draws them without guidance."""
         return dataclasses.replace(self.sampling(seed), guidance=lwm_prompts.CLIP.guidance)
-
-    def asked(self, caption: str, frames: int) -> str:
-        """The words for a drawing of so many frames."""
-        return (self.words if frames == 1 else self.clip_words).replace("{caption}", caption)
 
 
 @dataclasses.dataclass(frozen=True)

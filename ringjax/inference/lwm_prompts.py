@@ -22,7 +22,7 @@ from jaxtyping import Int
 
 from ringjax.data.example import Example, see_whole_frames
 from ringjax.data.tokenizers import VISION_END, VISION_START, TextTokenizer
-from ringjax.inference.prompts import append_text, append_vision, text_prompt
+from ringjax.inference.prompts import append_text, append_vision, drawn_after, text_prompt
 from ringjax.inference.sampling import Sampling
 
 ASSISTANT = "You are a helpful assistant. USER: "
@@ -69,8 +69,11 @@ class LwmPrompts:
 
     def clip(self, words: str, first: Int[np.ndarray, " codes"]) -> Example:
         """What the frames of a clip after the first are drawn after."""
-        prompt = self._open(f"{ASSISTANT}Generate a video of {words}{ANSWER}")
-        return append_vision(prompt, first[None], self.end_of_frame, ends=False)
+        return append_vision(self._film(words), first[None], self.end_of_frame, ends=False)
+
+    def drawn(self, words: str, clip: Int[np.ndarray, "frames codes"]) -> Example:
+        """A picture (one frame) or clip after the words that it is drawn after; its codes bear loss."""
+        return drawn_after(self.picture(words) if len(clip) == 1 else self._film(words), clip, self.end_of_frame)
 
     def wordless(self) -> Example:
         """What guidance compares with."""
@@ -79,6 +82,9 @@ class LwmPrompts:
     def needle(self, context: str, question: str) -> Example:
         """A question about a long text."""
         return self._begin(f"{ASSISTANT}{context} {question} {BRIEF}{ANSWER} ")
+
+    def _film(self, words: str) -> Example:
+        return self._open(f"{ASSISTANT}Generate a video of {words}{ANSWER}")
 
     def _begin(self, text: str) -> Example:
         return text_prompt([self.tokenizer.bos_id, *(self.tokenizer.encode(text) if text else [])])

@@ -1,5 +1,6 @@
 """Prompts of different lengths as one batch."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -53,6 +54,12 @@ def append_vision(
     ids = np.concatenate([np.asarray(clip, np.int32), marks], axis=1).ravel()
     vision = Example(ids, np.ones(len(ids), bool), np.zeros(len(ids), bool))
     return _joined(prompt, vision)
+
+
+def drawn_after(prompt: Example, clip: Int[np.ndarray, "frames codes"], end_of_frame: int) -> Example:
+    """The prompt and a picture or clip that is drawn after it: its codes and end marks bear loss, nothing else does."""
+    whole = append_vision(prompt, clip, end_of_frame)
+    return dataclasses.replace(whole, loss=np.arange(len(whole)) >= len(prompt))
 
 
 def _joined(first: Example, second: Example) -> Example:

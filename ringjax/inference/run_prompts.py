@@ -3,6 +3,7 @@
 text       <s> words
 see        <s> <vision> codes </vision> … words
 picture    <s> words <vision>                    a clip alike: its frames come one after the other
+drawn      <s> words <vision> codes              what is learned of it
 wordless   <s> <vision>                          what guidance compares with
 """
 
@@ -16,7 +17,7 @@ from ringjax.data.config import DataConfig
 from ringjax.data.example import Example, see_whole_frames
 from ringjax.data.fields import FieldEncoder
 from ringjax.data.tokenizers import VISION_START, TextTokenizer
-from ringjax.inference.prompts import append_text, text_prompt
+from ringjax.inference.prompts import append_text, drawn_after, text_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,10 @@ class RunPrompts:
     def picture(self, words: str) -> Example:
         """What a picture or clip is drawn after."""
         return append_text(self._encoder.encode({"words": words}, "[words]"), self.tokenizer.marker(VISION_START))
+
+    def drawn(self, words: str, clip: Int[np.ndarray, "frames codes"]) -> Example:
+        """A picture (one frame) or clip after the words that it is drawn after; its codes bear loss."""
+        return drawn_after(self.picture(words), clip, self.data.vision_codes)
 
     def wordless(self) -> Example:
         """What guidance compares with."""

@@ -106,6 +106,46 @@ def test_what_is_scored_is_what_is_learned(add_eos):
     assert [*run.prompts.see([CLIP], "What?").tokens, *Judge(run).answer("b")] == asked.tokens.tolist()
 
 
+def plain_codes(model, words, clip=CLIP):
+    """Σ log softmax at the codes and their end marks, each after all before it, from all logits of both tables."""
+    codes = np.concatenate([clip, [[20], [20], [21]]], axis=1).ravel()
+    tokenizer = load_tokenizer("bytes")
+    before = [tokenizer.bos_id, *tokenizer.encode(words), *tokenizer.marker("<vision>")]
+    tokens = jnp.asarray([[*before, *codes]], jnp.int32)
+    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    hidden = jax.jit(lambda tokens: model.hidden(tokens, places >= len(before), places))(tokens)
+    logs = jax.nn.log_softmax(model.vision_logits(hidden)[0], axis=-1)
+    return float(sum(logs[len(before) - 1 + i, code] for i, code in enumerate(codes)))
+
+
+def test_codes_are_the_likelihood_of_the_picture_after_the_caption():
+    found = Judge(TrainedRun(model(), DATA)).of_codes(CLIP, CAPTIONS)
+    np.testing.assert_allclose(found, [plain_codes(model(), caption) for caption in CAPTIONS], rtol=1e-5)
+    narrow = with_config(model(), window=6)
+    found = Judge(TrainedRun(narrow, DATA)).of_codes(CLIP, CAPTIONS)
+    np.testing.assert_allclose(found, [plain_codes(narrow, caption) for caption in CAPTIONS], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape, layout", [((1, 2, 2, 2), "zigzag"), ((2, 1, 1, 4), "striped")])
+def test_codes_on_any_mesh(shape, layout):
+    alone = Judge(TrainedRun(model(), DATA)).of_codes(CLIP, CAPTIONS)
+    found = Judge(TrainedRun(model(), DATA, parallel(shape, layout))).of_codes(CLIP, CAPTIONS)
+    np.testing.assert_allclose(found, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["own", "lwm"])
+def test_the_codes_scored_are_the_codes_learned(form):
+    run = TrainedRun(model(), DATA, prompt_form=form)
+    encoder = FieldEncoder(run.tokenizer, codes_per_frame=4, vision_codes=20)
+    words = "You are a helpful assistant. USER: Generate a video of a cat ASSISTANT:" if form == "lwm" else "a cat"
+    learned = encoder.encode({"vision": CLIP.ravel(), "words": words}, "[words],vision")
+    drawn = run.prompts.drawn("a cat", CLIP)
+    assert drawn.tokens.tolist() == learned.tokens[: len(drawn)].tolist()
+    assert drawn.loss.tolist() == drawn.modality.tolist()
+    if form == "lwm":
+        assert run.prompts.drawn("a cat", CLIP[:1]).tokens.tolist()[:-5] == run.prompts.picture("a cat").tokens.tolist()
+
+
 def test_lift_is_the_likelihood_less_that_without_the_picture():
     run = TrainedRun(model(), see := dataclasses.replace(DATA, bidirectional_frames=True))
     verdict = Judge(run)(CLIP, CAPTIONS)

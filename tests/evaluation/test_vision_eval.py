@@ -86,6 +86,17 @@ def test_a_model_that_knows_is_always_right(lines, tmp_path):
         assert (tmp_path / "out" / name).stat().st_size > 200
 
 
+def test_by_the_codes_of_the_picture(lines, tmp_path):
+    shown = run_eval(captions(lines, tmp_path / "out", by="codes"))
+    head, row = (next(x for x in shown.splitlines() if mark in x).split(" | ") for mark in ("questions", "| pictures"))
+    assert head[3] == "right by codes (95 %)" and row[3].startswith("100.0%")
+    for record in records(tmp_path / "out"):
+        assert record["text"] == record["choices"][int(np.argmax(record["of_codes"]))]
+        assert set(record["right"]) == {"sum", "mean", "lift", "codes"}
+    with pytest.raises(ValueError, match="words 'A thing' must hold {caption}"):
+        captions(lines, tmp_path, words="A thing")
+
+
 def test_a_model_that_knows_nothing_is_at_chance(tmp_path):
     """Ten captions of equally many digits each: whatever a blind model prefers is right once in ten."""
     run_eval(captions((), tmp_path, tiny_run, count=200))
