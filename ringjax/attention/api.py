@@ -83,8 +83,9 @@ def ring_attention(
 
     `strategy` is 'ring', 'two_level' (K and V go around inside a host, and from host to host meanwhile),
     'all_gather', 'ulysses' or 'hybrid' (`ulysses_size` neighbours trade heads, K and V go around between such
-    groups). `host_size` says how many neighbours share a host's fast links, for 'two_level' and 'hybrid' (None: the
-    devices of a process). `unroll` says whether a ring's hops are unrolled or a `lax.scan` (None: unrolled up to 4).
+    groups). `host_size` says how many neighbours share fast links, for 'two_level' and 'hybrid' (None: the devices of a
+    process, on TPUs those of a slice). `unroll` says whether a ring's hops are unrolled or a `lax.scan` (None: unrolled
+    up to 4).
 
     Ring Attention, arXiv:2310.01889; Striped Attention, arXiv:2311.09431.
     """
@@ -137,11 +138,19 @@ def sharded_attention(
     _check_shards(q, k, order, sizes)
     if reach is not None:
         reach.validate(*q.shape[:2])
+    if host_size is None and ulysses_size is None and strategy in strategies.BY_HOST:
+        host_size = strategies.in_slice(_a_ring(mesh))
     options = dict(causal=causal, window=window, scale=scale, softcap=softcap, backend=backend, return_lse=return_lse)
     return _sharded(
         q, k, v, reach, mesh=mesh, layout=order, strategy=strategy, ulysses_size=ulysses_size, host_size=host_size,
         unroll=unroll, options=tuple(options.items()),
     )  # fmt: skip
+
+
+def _a_ring(mesh: Mesh) -> list[jax.Device]:
+    """The devices along 'sp' that begin with the first."""
+    first = tuple(slice(None) if axis == "sp" else 0 for axis in mesh.axis_names)
+    return mesh.devices[first].ravel().tolist() if "sp" in mesh.axis_names else [mesh.devices.flat[0]]
 
 
 @functools.partial(

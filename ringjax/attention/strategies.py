@@ -1,6 +1,7 @@
 """The other ways for queries to meet keys on other devices; they share the ring's layouts, reach and kernels."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 from einops import rearrange, reduce, repeat
@@ -153,9 +154,21 @@ def _inside(host_size: int | None, devices: int) -> int:
     return inside
 
 
+def in_slice(devices: Sequence[jax.Device]) -> int | None:
+    """How many of the devices, those of a ring or all, are in each TPU slice; None where they are no TPUs.
+
+    A slice has one network for all of its hosts; what joins slices is as slow as what joins hosts elsewhere.
+    """
+    if devices[0].platform != "tpu":
+        return None
+    return len(devices) // len({getattr(device, "slice_index", 0) for device in devices})
+
+
 def _host_size(strategy: str, host_size: int | None) -> int:
     if host_size is not None:
         return host_size
+    if (found := in_slice(jax.devices())) is not None:
+        return found
     if jax.local_device_count() == 1 < jax.process_count():
         raise ValueError(
             f"strategy {strategy!r} goes by hosts, and each process has one device: say how many devices share a host"

@@ -57,7 +57,7 @@ class EvalConfig:
     strategy: Literal["ring", "two_level", "all_gather", "ulysses", "hybrid"] = "ring"
     """How attention crosses the devices of the ring."""
     host_size: int | None = None
-    """Devices of the ring that share a host's fast links, for two_level and hybrid; null: those of a process."""
+    """Devices of the ring that share fast links, for two_level and hybrid; null: those of a process, or TPU slice."""
     backend: str = "auto"
     """The attention kernel."""
     simulated_devices: int = 0

@@ -47,7 +47,7 @@ class Parallel:
     cut_weights: bool = True
     """Whether parameters are cut over the ring too, and gathered where they are used; else over fsdp and tp alone."""
     host_size: int | None = None
-    """Devices of the ring that share a host's fast links, for strategies two_level and hybrid; None: a process's."""
+    """Devices of the ring that share fast links, for strategies two_level and hybrid; None: a process's or slice's."""
 
     def __post_init__(self):
         layouts.get(self.layout)

@@ -10,6 +10,7 @@
 
 import importlib.util
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,8 @@ MEGACORE = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
 
 
 def slice_devices(topology: str) -> list:
-    """The chips of a slice such as 'v4:4x4x4', 'v5e:2x4', 'v5p:2x2x2', 'v6e:2x4' or 'tpu7x:2x2x1' (two devices a chip).
+    """The chips of a slice such as 'v4:4x4x4', 'v5e:2x4', 'v5p:2x2x2', 'v6e:2x4' or 'tpu7x:2x2x1' (two devices a chip),
+    or of several slices joined by the data-center network: 'v5e:16x16:2'.
 
     They are descriptions: programs can be compiled for them, not run. Raises ModuleNotFoundError without libtpu,
     ValueError for a slice that does not exist.
@@ -50,6 +52,8 @@ def slice_devices(topology: str) -> list:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     options = MEGACORE if topology.startswith("v4:") else {}
+    if several := re.fullmatch(r"(.*x.*):([1-9][0-9]{0,2})", topology):
+        topology, options = several[1], options | {"num_slices": int(several[2])}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except (ValueError, jax.errors.JaxRuntimeError) as error:
@@ -58,11 +62,9 @@ def slice_devices(topology: str) -> list:
 
 
 def slice_mesh(topology: str) -> Mesh:
-    """The chips of a slice in a ring, along the mesh axis 'sp'; raises as `slice_devices`."""
-    from jax.experimental import mesh_utils
-
+    """The chips of one or several slices in a ring, along the mesh axis 'sp'; raises as `slice_devices`."""
     devices = slice_devices(topology)
-    return Mesh(mesh_utils.create_device_mesh((len(devices),), devices=devices), ("sp",))
+    return Mesh(make_mesh(f"1,1,1,{len(devices)}", devices).devices.ravel(), ("sp",))
 
 
 def training_program(stage: StageConfig, devices: list, steps: int | None = None) -> jax.stages.Lowered:

@@ -24,7 +24,8 @@ class PlanConfig:
     """Options of `ringjax plan CONFIG`; `--section.key value` changes the config as in `ringjax train`."""
 
     target: str = "h100:8"
-    """The machine: a GPU and how many (h100:8), or a TPU slice in chips (tpu:v5p:4x8x8; v4, v5e, v5p, v6e, tpu7x)."""
+    """The machine: a GPU and how many (h100:8), or a TPU slice in chips (tpu:v5p:4x8x8; v4, v5e, v5p, v6e, tpu7x),
+    or several such slices (tpu:v5p:4x8x8:2)."""
     stage: str | None = None
     """One stage; null: all."""
     compile: bool = False

@@ -9,6 +9,7 @@
 | all_gather | (R − 1) · kv forward, again backward, and the sums' reduce-scatter | nothing |
 | ulysses | (R − 1)/R of q, k, v and out forward, twice as much backward | nothing |
 | fsdp, sp | weights gathered forward and backward in the model's type, gradients scattered in float32 | half of it |
+| … across hosts | each host's like devices first, so a byte crosses once a host and not once a device | |
 | tp | 2 sums of the stream forward, 2 backward, and what is computed again | nothing |
 | dp | gradients, once a step | nothing |
 
@@ -17,11 +18,13 @@ full masks, no GQA and bfloat16; `traffic.hidden_from` has the general form).
 """
 
 import dataclasses
+import math
 
 from ringjax.attention import strategies
 from ringjax.planning import traffic, work
 from ringjax.planning.devices import Target
 from ringjax.training.config import StageConfig
+from ringjax.training.mesh import AXES, across_slices
 
 FLOAT32 = 4
 # Of weights that are gathered and gradients that are scattered, XLA hides this share behind the layer's products.
@@ -54,16 +57,49 @@ class Hop:
         return self.tokens >= self.needed_tokens
 
 
-def inside(stage: StageConfig, sp: int, target: Target) -> int:
-    """Neighbours of a ring of `sp` that share a host, as strategies two_level and hybrid group them."""
-    return min(sp, stage.mesh.host_size or target.device.per_host)
+def near(sizes: tuple[int, int, int, int], target: Target, *axes: str) -> int:
+    """Devices along these axes (none given: sp, a ring's neighbours) of one host of GPUs, or of one TPU slice.
+
+    Hosts of GPUs are filled along sp first, then tp, fsdp and dp; slices as `across_slices` says.
+    """
+    if target.topology is not None:
+        here = [size // across for size, across in zip(sizes, across_slices(sizes, target.slices))]
+    else:
+        here, left = [], target.device.per_host
+        for size in sizes[::-1]:
+            here.insert(0, min(size, left))
+            left = max(1, left // size)
+    return math.prod(size for axis, size in zip(AXES, here) if axis in (axes or ("sp",)))
+
+
+def inside(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) -> int:
+    """Neighbours that strategies two_level and hybrid group."""
+    return min(sizes[3], stage.mesh.host_size or near(sizes, target))
+
+
+def _link(sizes: tuple[int, int, int, int], target: Target) -> float:
+    """Bytes a second from one device of a ring to the next, by the slowest link there."""
+    return target.link(near(sizes, target) < sizes[3])
+
+
+def _collective(sizes: tuple[int, int, int, int], target: Target, axes: tuple[str, ...], size: float) -> float:
+    """Seconds in which `size` bytes are gathered from the devices along the axes, or sums of them scattered.
+
+    First from like devices of other hosts, by all adapters at once, then inside: size/L · (M − 1)/M by slow links and
+    size · (L − 1)/L by fast ones, for M hosts of L. A ring of a torus uses its links both ways.
+    """
+    here = near(sizes, target, *axes)
+    hosts = math.prod(size for axis, size in zip(AXES, sizes) if axis in axes) / here
+    both = 2 if target.device.platform == "tpu" else 1
+    across = size / here * (hosts - 1) / hosts / target.link(across=True)
+    return across + size * (here - 1) / here / (target.link(across=False) * both)
 
 
 def group(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) -> int:
     """Devices among which hybrid trades heads."""
     dp, fsdp, tp, sp = sizes
     heads, kv_heads = stage.model.heads // tp, max(1, stage.model.key_heads // tp)
-    return strategies.widest(heads, kv_heads, sp, most=inside(stage, sp, target))
+    return strategies.widest(heads, kv_heads, sp, most=inside(stage, sizes, target))
 
 
 def hop_of(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) -> Hop | None:
@@ -77,12 +113,12 @@ def hop_of(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target)
     visible = 1.0 if stage.mesh.layout == "contiguous" else 0.5
     wide = 6.0 if model.dtype != "bfloat16" and device.platform == "tpu" else 1.0
     needed = traffic.hidden_from(
-        device.rates.attention[0] * device.flops / wide, target.link(sp), heads=model.heads,
+        device.rates.attention[0] * device.flops / wide, _link(sizes, target), heads=model.heads,
         kv_heads=model.key_heads, visible=visible, dtype=model.dtype,
     )  # fmt: skip
     tokens = stage.training.seq_len / sp
     if stage.mesh.strategy == "two_level":
-        return Hop(sent.kv, tokens, needed / inside(stage, sp, target))
+        return Hop(sent.kv, tokens, needed / inside(stage, sizes, target))
     if stage.mesh.strategy == "hybrid":  # a group's tokens, and of its heads one device's
         width = group(stage, sizes, target)
         copies = _copies_of_heads(stage, sizes, width)
@@ -140,7 +176,7 @@ def _attention(stage: StageConfig, sizes: tuple[int, int, int, int], target: Tar
     dp, fsdp, tp, sp = sizes
     if sp == 1:
         return Sent(0.0, 0.0)
-    model, sent, link = stage.model, _traffic(stage, sizes), target.link(sp)
+    model, sent, link = stage.model, _traffic(stage, sizes), _link(sizes, target)
     forwards = 2 if model.remat == "full" else 1
     if stage.mesh.strategy == "all_gather":
         return Sent(((sp - 1) * (sent.kv * (forwards + 1) + sent.sums)) / link, 0.0)
@@ -148,16 +184,17 @@ def _attention(stage: StageConfig, sizes: tuple[int, int, int, int], target: Tar
         queries = sent.kv * model.heads / model.key_heads  # q and out are as large as k and v of so many heads
         return Sent((sent.kv + queries) * (sp - 1) / sp * (forwards + 2) / link, 0.0)
     parts = attention / (forwards + 2.5)
-    near = inside(stage, sp, target)
+    grouped = inside(stage, sizes, target)
+    fast = target.link(grouped > near(sizes, target))
     if stage.mesh.strategy == "hybrid":
         width = group(stage, sizes, target)
         copies, queries = _copies_of_heads(stage, sizes, width), sent.kv * model.heads / model.key_heads
-        traded = (sent.kv * copies + queries) * (width - 1) / width * (forwards + 2) / target.link(width)
+        traded = (sent.kv * copies + queries) * (width - 1) / width * (forwards + 2) / fast
         rotations = min(sp // width - 1, -(-sent.rotations // width))
         return _ring(rotations, sent.kv * copies, sent.sums * copies, link, parts, forwards).plus(Sent(traded, 0.0))
-    if stage.mesh.strategy == "two_level" and near < sp:
-        turns = min(sp // near, -(-sent.rotations // near) + 1)
-        return _two_level(turns, near, sent, target.link(near), link, parts, forwards)
+    if stage.mesh.strategy == "two_level" and grouped < sp:
+        turns = min(sp // grouped, -(-sent.rotations // grouped) + 1)
+        return _two_level(turns, grouped, sent, fast, link, parts, forwards)
     return _ring(sent.rotations, sent.kv, sent.sums, link, parts, forwards)
 
 
@@ -201,8 +238,8 @@ def _weights(stage: StageConfig, sizes: tuple[int, int, int, int], target: Targe
     model = stage.model
     block = 2 * model.width * (model.heads + model.key_heads) * model.head_size + 3 * model.width * model.ffn_width
     gathers = 3 if model.remat in ("full", "save_attention", "offload") else 2
-    size = block / tp * (shards - 1) / shards * (gathers * model.compute_dtype.itemsize + FLOAT32)
-    seconds = size / (target.link(shards) * _ways(target))
+    size = block / tp * (gathers * model.compute_dtype.itemsize + FLOAT32)
+    seconds = _collective(sizes, target, ("fsdp", "sp"), size)
     return Sent(seconds * (1 - WEIGHTS_HIDDEN), seconds * WEIGHTS_HIDDEN)
 
 
@@ -215,8 +252,8 @@ def _sums(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) 
     tokens = training.batch_size / training.accumulation / (dp * fsdp) * training.seq_len / sp
     # An output projection is computed again (not the feed-forward's: nobody needs its result).
     sums = 5 if model.remat in ("full", "save_attention", "offload") else 4
-    size = sums * 2 * (tp - 1) / tp * tokens * model.width * model.compute_dtype.itemsize
-    return Sent(size / (target.link(tp * sp) * _ways(target)), 0.0)
+    size = sums * tokens * model.width * model.compute_dtype.itemsize
+    return Sent(2 * _collective(sizes, target, ("tp",), size), 0.0)
 
 
 def _copies(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target) -> Sent:
@@ -224,10 +261,5 @@ def _copies(stage: StageConfig, sizes: tuple[int, int, int, int], target: Target
     dp, fsdp, tp, sp = sizes
     if dp == 1:
         return Sent(0.0, 0.0)
-    size = 2 * (dp - 1) / dp * stage.model.parameter_count() * FLOAT32 / (fsdp * tp * sp)
-    return Sent(size / (target.link(target.count) * _ways(target)), 0.0)
-
-
-def _ways(target: Target) -> int:
-    """A collective over a ring of a torus uses its links both ways; `link` is one way of one link."""
-    return 2 if target.device.platform == "tpu" else 1
+    size = stage.model.parameter_count() * FLOAT32 / (fsdp * tp * sp)
+    return Sent(2 * _collective(sizes, target, ("dp",), size), 0.0)

@@ -8,7 +8,9 @@
 `link` is what a device sends to ONE neighbour, one way. On a TPU that is the pages' "bidirectional interconnect per
 chip" over two ways and over its ports (4 on v5e and v6e, 6 on v4, v5p and 7x); v4's is 50 GB/s a link and way (Jouppi
 et al. 2023, arXiv:2304.01433). On a GPU it is half of NVLink's total. A TPU7x chip is two devices of JAX, so
-everything is halved. `host_link` joins hosts: one 400 Gb/s adapter a GPU (A100: 200).
+everything is halved. `host_link` joins hosts of GPUs, one 400 Gb/s adapter a GPU (A100: 200), and slices of TPUs: the
+pages' data-center network of a chip, or of a Pod over its chips (v5e 25 Gb/s, v5p 50, v6e 100; v4 and 7x, whose pages
+do not say, are ASSUMED to have v5e's and v6e's).
 
 `products` and `attention` are shares of the peak. For H100 they are fitted to docs/results/training.md; the same shares
 are ASSUMED for the other GPUs, and `ASSUMED` ones for TPUs, on which nothing has been measured.
@@ -84,19 +86,20 @@ class Device:
         return self.memory - self.reserved if self.platform == "tpu" else self.memory * float(FRACTION)
 
 
-def _tpu(name: str, kind: str, gib: float, usable: float, link: float, per_host: int = 4) -> Device:
-    # `usable` GiB are what libtpu 0.0.42 says is there when a program needs more. Hosts of a slice share one network.
-    return Device(name, kind, gib * GIB, link, link, per_host, ASSUMED_TPU, reserved=(gib - usable) * GIB)
+def _tpu(name: str, kind: str, gib: float, usable: float, link: float, network: float, per_host: int = 4) -> Device:
+    # `usable` GiB are what libtpu 0.0.42 says is there when a program needs more; `network` is in Gb/s.
+    reserved = (gib - usable) * GIB
+    return Device(name, kind, gib * GIB, link, network / 8 * 1e9, per_host, ASSUMED_TPU, reserved=reserved)
 
 
 DEVICES = {
     device.name: device
     for device in (
-        _tpu("v4", "TPU v4", 32, 30.75, 50e9),
-        _tpu("v5e", "TPU v5 lite", 16, 15.75, 50e9),
-        _tpu("v5p", "TPU v5p", 95.74, 95.74, 100e9),
-        _tpu("v6e", "TPU v6 lite", 32, 31.25, 100e9),
-        _tpu("tpu7x", "TPU7x", 96, 94.75, 50e9, per_host=8),
+        _tpu("v4", "TPU v4", 32, 30.75, 50e9, network=25),
+        _tpu("v5e", "TPU v5 lite", 16, 15.75, 50e9, network=25),
+        _tpu("v5p", "TPU v5p", 95.74, 95.74, 100e9, network=50),
+        _tpu("v6e", "TPU v6 lite", 32, 31.25, 100e9, network=100),
+        _tpu("tpu7x", "TPU7x", 96, 94.75, 50e9, network=50, per_host=8),
         # GPUs: what the driver shows of 80, 80, 141 and 180 GB.
         Device("a100", "NVIDIA A100-SXM4-80GB", 79.25 * GIB, 300e9, 25e9, 8, ASSUMED_GPU),
         Device("h100", "NVIDIA H100 80GB HBM3", 79.14 * GIB, 450e9, 50e9, 8, H100_RATES),
@@ -105,46 +108,51 @@ DEVICES = {
     )
 }
 DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
-EXAMPLES = "'h100:8', 'h200:64', 'tpu:v5e:16x16' or 'tpu:v5p:4x8x8'"
+EXAMPLES = "'h100:8', 'h200:64', 'tpu:v5e:16x16', 'tpu:v5p:4x8x8' or two slices 'tpu:v5p:4x8x8:2'"
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """`count` devices; `topology` is the shape of a TPU slice in chips, None for GPUs."""
+    """`count` devices; `topology` is the shape of a TPU slice in chips, None for GPUs, of which there are `slices`."""
 
     device: Device
     count: int
     topology: str | None = None
+    slices: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """A target such as 'h100:8' or 'tpu:v5p:4x8x8'; raises ValueError for anything else."""
+        """A target such as 'h100:8', 'tpu:v5p:4x8x8' or 'tpu:v5p:4x8x8:2'; raises ValueError for anything else."""
         parts = text.lower().split(":")
         tpu, parts = parts[0] == "tpu", parts[1:] if parts[0] == "tpu" else parts
         device = _device(parts[0], text, tpu)
-        if len(parts) > 2 or (len(parts) < 2 and device.platform == "tpu"):
+        is_tpu = device.platform == "tpu"
+        if len(parts) > 2 + is_tpu or (len(parts) < 2 and is_tpu):
             raise ValueError(f"target {text!r} must be a device and how many there are, such as {EXAMPLES}")
-        size = parts[1] if len(parts) == 2 else "1"
+        size = parts[1] if len(parts) >= 2 else "1"
         if device.platform == "gpu":
             if not re.fullmatch(r"[1-9][0-9]{0,5}", size):
                 raise ValueError(f"target {text!r}: {size!r} is no number of GPUs; write one such as {EXAMPLES}")
             return cls(device, int(size))
-        return cls(device, _chips(size, device, text) * (2 if device.name == "tpu7x" else 1), size)
+        slices = parts[2] if len(parts) == 3 else "1"
+        if not re.fullmatch(r"[1-9][0-9]{0,2}", slices):
+            raise ValueError(f"target {text!r}: {slices!r} is no number of slices; write tpu:{device.name}:{size}:2")
+        chips = _chips(size, device, text) * (2 if device.name == "tpu7x" else 1)
+        return cls(device, chips * int(slices), size, int(slices))
 
     def __str__(self) -> str:
-        if self.topology is None:
-            return f"{self.device.name}:{self.count}"
-        return f"tpu:{self.device.name}:{self.topology}"
+        return f"{self.device.name}:{self.count}" if self.topology is None else f"tpu:{self.libtpu}"
 
     @property
     def libtpu(self) -> str | None:
-        """The name that libtpu has for the slice."""
-        return None if self.topology is None else f"{self.device.name}:{self.topology}"
+        """The name of the slice, or slices, for `ahead.slice_devices`."""
+        if self.topology is None:
+            return None
+        return f"{self.device.name}:{self.topology}" + (f":{self.slices}" if self.slices > 1 else "")
 
-    def link(self, devices: int) -> float:
-        """Bytes a second from one device to the next in a ring of `devices` neighbours."""
-        inside = devices <= self.device.per_host or self.topology is not None
-        return (self.device.link if inside else self.device.host_link) * self.device.rates.link
+    def link(self, across: bool) -> float:
+        """Bytes a second from one device to the next, of the same host (TPU slice) or `across` to another."""
+        return (self.device.host_link if across else self.device.link) * self.device.rates.link
 
 
 def _device(name: str, text: str, tpu: bool) -> Device:

@@ -6,6 +6,9 @@ transfer is two of them, `collective-permute-start` and `-done`; the core is fre
     %start = collective-permute-start(%kv)
     %out   = custom-call(%q, %kv), custom_call_target="tpu_custom_call"       <- hidden behind this
     %done  = collective-permute-done(%start)
+
+From one TPU slice to another it goes by the data-center network: `send` and `recv`, each with its `-done`. A permute of
+which only some pairs cross is both.
 """
 
 import collections
@@ -25,6 +28,8 @@ TRIPS = re.compile(r'known_trip_count\\?":\s*\{\\?"n\\?":\\?"(\d+)')
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 SCOPE = re.compile(r'op_name="([^"]*)"')
+# What the data-center network carries of a `lax.ppermute`, and not of a sum over slices.
+RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="(ppermute[^"]*)"')
 KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu|__cudnn\$|__cublas\$)')
 COMPUTES = ("dot", "convolution")
 MOVES = ("copy", "copy-start", "transpose", "slice", "dynamic-slice", "pad", "concatenate")
@@ -68,7 +73,8 @@ class Instruction:
 class Transfer:
     """One `collective-permute`, run `times` times; `behind` are the instructions with matrix products meanwhile.
 
-    XLA makes permutes of gathered weights too: `scope` says where one comes from, "ring/rotate" for rotations.
+    XLA makes permutes of gathered weights too: `scope` says where one comes from, "ring/rotate" for rotations. `across`
+    is one that goes from TPU slice to TPU slice, of which XLA says only that it is a `lax.ppermute`.
     """
 
     dtype: str
@@ -76,6 +82,7 @@ class Transfer:
     times: int
     behind: tuple[Instruction, ...]
     scope: str = ""
+    across: bool = False
 
     @property
     def hidden(self) -> bool:
@@ -130,7 +137,7 @@ class Program:
         return None
 
     def transfers(self) -> list[Transfer]:
-        """All collective permutes of one run."""
+        """All collective permutes of one run; one that some devices make inside a slice and some across is two."""
         found = []
         for name, times in self.executed():
             schedule = self.computations[name]
@@ -138,9 +145,11 @@ class Program:
                 if instruction.operation == "collective-permute":
                     found.append(Transfer(*arrays(instruction.type)[0], times, (), instruction.scope))
                 elif instruction.operation == "collective-permute-start":
-                    meanwhile = self._until_done(schedule, place)
-                    behind = tuple(filter(self.computes, meanwhile))
+                    behind = self._meanwhile(schedule, place)
                     found.append(Transfer(*arrays(instruction.type)[0], times, behind, instruction.scope))
+                elif instruction.operation == "recv" and (met := RENDEZVOUS.search(instruction.rest)):
+                    behind = self._meanwhile(schedule, place)
+                    found.append(Transfer(*arrays(instruction.type)[0], times, behind, met[1], across=True))
         return found
 
     def computes(self, instruction: Instruction) -> bool:
@@ -177,13 +186,14 @@ class Program:
     def _computes(self, name: str) -> bool:
         return any(self.computes(instruction) for instruction in self.computations[name])
 
-    @staticmethod
-    def _until_done(schedule: list[Instruction], place: int) -> list[Instruction]:
-        start = schedule[place].name
+    def _meanwhile(self, schedule: list[Instruction], place: int) -> tuple[Instruction, ...]:
+        """What computes between a start and its end."""
+        start = schedule[place]
+        done = f"{start.operation.removesuffix('-start')}-done"
         for end, instruction in enumerate(schedule[place:], place):
-            if instruction.operation == "collective-permute-done" and start in instruction.operands:
-                return schedule[place + 1 : end]
-        raise ValueError(f"{start} is not awaited in its computation")
+            if instruction.operation == done and start.name in instruction.operands:
+                return tuple(filter(self.computes, schedule[place + 1 : end]))
+        raise ValueError(f"{start.name} is not awaited in its computation")
 
 
 def arrays(type: str) -> list[tuple[str, tuple[int, ...]]]:

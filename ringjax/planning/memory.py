@@ -128,7 +128,7 @@ def of_stage(stage: StageConfig, sizes: tuple[int, int, int, int], platform: str
         kept=0.0 if offload else kept,
         kv=kv,
         work=work,
-        logits=_logits(model, tokens, tp),
+        logits=_logits(model, tokens, tp, platform),
         host=kept if offload else 0.0,
     )
 
@@ -210,8 +210,17 @@ def _block(model: ModelConfig, tokens: float, tp: int, sp: int, platform: str, s
     return kv, max(attend, feed - kv) + weights
 
 
-def _logits(model: ModelConfig, tokens: float, tp: int) -> float:
-    """The loss: logits and their gradients for a chunk, heads, gathered, and theirs, hidden states and theirs."""
-    chunk = min(model.loss_chunk, tokens) * max(model.vocab_size, model.vision_vocab_size) / tp * FLOAT32 * 3
-    heads = model.width * (model.vocab_size + model.vision_vocab_size) / tp * (model.compute_dtype.itemsize + FLOAT32)
-    return chunk + heads + tokens * model.width * (2 * model.compute_dtype.itemsize + 2 * FLOAT32)
+def _logits(model: ModelConfig, tokens: float, tp: int, platform: str) -> float:
+    """The loss: logits and their gradients for a chunk, heads, gathered, and theirs, hidden states and theirs.
+
+    Compiled for TPUs, gradients take the logits' place (of the second head they do not), and those of the heads are
+    made when the chunks are over: two moments, of which the larger counts.
+    """
+    itemsize, words = model.compute_dtype.itemsize, model.vocab_size + model.vision_vocab_size
+    chunk, heads = min(model.loss_chunk, tokens) * FLOAT32 / tp, model.width * words / tp
+    stream = tokens * model.width
+    if platform == "tpu":
+        chunk *= words + model.vision_vocab_size
+        return max(chunk + heads * itemsize + stream * 2 * FLOAT32, heads * 2 * (itemsize + FLOAT32))
+    chunk *= 3 * max(model.vocab_size, model.vision_vocab_size)
+    return chunk + heads * (itemsize + FLOAT32) + stream * 2 * (itemsize + FLOAT32)

@@ -10,7 +10,7 @@ from ringjax.planning.memory import Memory
 from ringjax.planning.step_time import StepTime
 from ringjax.training.config import RunConfig, StageConfig
 from ringjax.training.load import check_devices
-from ringjax.training.mesh import resolve_shape
+from ringjax.training.mesh import across_slices, resolve_shape
 from ringjax.training.yaml_tree import ConfigError
 
 DAY = 86400
@@ -78,6 +78,7 @@ def plan_stage(run: RunConfig, stage: StageConfig, target: Target) -> StagePlan:
     check_devices(dataclasses.replace(run, stages=(stage,)), target.count)
     _check_planned(run, stage)
     sizes = resolve_shape(stage.mesh.shape, target.count)
+    across_slices(sizes, target.slices)
     _check_strategy(stage, sizes, target)
     parameters = stage.model.parameter_count()
     return StagePlan(
@@ -106,7 +107,7 @@ def _check_strategy(stage: StageConfig, sizes: tuple[int, int, int, int], target
             f"stage {stage.name!r}: ulysses over sp {sp} cannot split {heads} query and {kv_heads} key/value heads a"
             " device evenly; use strategy 'ring', or a smaller sp"
         )
-    near = communication.inside(stage, sp, target)
+    near = communication.inside(stage, sizes, target)
     if strategy == "two_level" and sp % near:
         raise ConfigError(
             f"stage {stage.name!r}: a ring of sp {sp} cannot be cut into hosts of {near}; set mesh.host_size to a"

@@ -5,15 +5,18 @@ by its neighbours: the best plan that differs in that one choice.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
+from ringjax.planning.communication import near
 from ringjax.planning.devices import GIB, Target
 from ringjax.planning.plan import StagePlan, plan_stage
 from ringjax.training.config import RunConfig, StageConfig
+from ringjax.training.mesh import lies_over
 from ringjax.training.yaml_tree import ConfigError
 
 STRATEGIES = ("ring", "all_gather", "ulysses")
-# Where a ring leaves its host; inside one they are a ring, or Ulysses.
+# Where a ring leaves its host or slice; inside one they are a ring, or Ulysses.
 ACROSS_HOSTS = ("two_level", "hybrid")
 # Where two cost the same by the arithmetic the first is taken: zigzag's hops are plain rectangles, which cuDNN does 2
 # to 15 % faster than striped's (docs/results/attention.md); on a TPU one kernel takes either.
@@ -35,10 +38,12 @@ class Choice:
     remat: str
     ffn_chunk: int | None
     accumulation: int
+    near: int = dataclasses.field(compare=False)
+    """Neighbours of the ring that share fast links, which follow from the mesh."""
 
     def apply(self, stage: StageConfig, target: Target) -> StageConfig:
         """`stage` with the choice made."""
-        host_size = stage.mesh.host_size or target.device.per_host if self.strategy in ACROSS_HOSTS else None
+        host_size = stage.mesh.host_size or self.near if self.strategy in ACROSS_HOSTS else None
         unroll = 1 if self.remat == "offload" else stage.model.unroll
         return dataclasses.replace(
             stage,
@@ -77,27 +82,30 @@ def search(run: RunConfig, stage: StageConfig, target: Target) -> Found:
 
 def choices(stage: StageConfig, target: Target) -> Iterator[Choice]:
     """Every choice; what cannot be is refused by `plan_stage`. The stage's own accumulation, and enough for one row a
-    group of devices."""
-    count, training, model = target.count, stage.training, stage.model
+    group of devices. Copies of the model are as many as slices, or one."""
+    training, model = stage.training, stage.model
     chunks = dict.fromkeys((model.ffn_chunk, None, BLOCKWISE))
-    for fsdp in _divisors(count):
-        if training.batch_size % fsdp:
-            continue
-        micro = {training.accumulation, training.batch_size // fsdp}
-        for tp in _divisors(count // fsdp):
-            if model.heads % tp or model.ffn_width % tp or model.vocab_size % tp:
-                continue
-            sp = count // fsdp // tp
-            strategies = STRATEGIES if sp > 1 else STRATEGIES[:1]
-            if target.topology is None and sp > target.device.per_host:
-                strategies = (*STRATEGIES, *ACROSS_HOSTS)
-            layouts = LAYOUTS[target.device.platform] if sp > 1 else (stage.mesh.layout,)
-            for strategy in strategies:
-                for layout in layouts:
-                    for remat in dict.fromkeys((stage.model.remat, *REMATS)):
-                        for chunk in chunks:
-                            for accumulation in sorted(micro):
-                                yield Choice(f"1,{fsdp},{tp},{sp}", strategy, layout, remat, chunk, accumulation)
+    for dp, fsdp, tp, sp in _meshes(stage, target):
+        fast = near((dp, fsdp, tp, sp), target)
+        strategies = STRATEGIES if sp > 1 else STRATEGIES[:1]
+        if sp > fast:
+            strategies = (*STRATEGIES, *ACROSS_HOSTS)
+        layouts = LAYOUTS[target.device.platform] if sp > 1 else (stage.mesh.layout,)
+        remats = dict.fromkeys((stage.model.remat, *REMATS))
+        micro = sorted({training.accumulation, training.batch_size // (dp * fsdp)})
+        for one in itertools.product(strategies, layouts, remats, chunks, micro):
+            yield Choice(f"{dp},{fsdp},{tp},{sp}", *one, fast)
+
+
+def _meshes(stage: StageConfig, target: Target) -> Iterator[tuple[int, int, int, int]]:
+    model, rows = stage.model, stage.training.batch_size
+    for dp in dict.fromkeys((1, target.slices)):
+        for fsdp in _divisors(target.count // dp):
+            for tp in _divisors(target.count // dp // fsdp):
+                sizes = dp, fsdp, tp, target.count // dp // fsdp // tp
+                cut = all(size % tp == 0 for size in (model.heads, model.ffn_width, model.vocab_size))
+                if cut and rows % (dp * fsdp) == 0 and lies_over(sizes, target.slices):
+                    yield sizes
 
 
 def _order(plan: StagePlan) -> tuple[bool, float]:
@@ -111,7 +119,7 @@ def _safe(plan: StagePlan) -> bool:
 
 def _reasons(best: Choice, plans: dict[Choice, StagePlan]) -> Iterator[str]:
     """For each thing decided, what the best plans that decide it otherwise need or take."""
-    for field in dataclasses.fields(Choice):
+    for field in filter(lambda field: field.compare, dataclasses.fields(Choice)):
         mine = getattr(best, field.name)
         others: dict[object, StagePlan] = {}
         for choice, plan in plans.items():

@@ -77,6 +77,7 @@ def _checked(
 ) -> dict[str, str]:
     """Everything that can be found wrong before a run begins; gives what must be the same on all processes."""
     check_tasks(tasks, lambda task: task.check_devices(len(jax.devices())))
+    check_tasks(tasks, lambda task: make_mesh(task.mesh_shape))
     check_tasks(tasks, lambda task: task.check_data())
     _check_notes(tasks)
     _check_init_from(config)

@@ -8,9 +8,11 @@ import logging
 import math
 import os
 import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from einops import rearrange
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -67,19 +69,68 @@ def resolve_shape(shape: str, device_count: int) -> tuple[int, int, int, int]:
 
 
 def make_mesh(shape: str, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of `shape` over `devices` (default: all), with names dp, fsdp, tp, sp."""
+    """The mesh of `shape` over `devices` (default: all), with names dp, fsdp, tp, sp.
+
+    Several TPU slices lie one after the other along the axes of `across_slices`. Raises ValueError where they cannot.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = resolve_shape(shape, len(devices))
     axis_types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "cpu":
         # make_mesh orders CPU devices as they come; written out, the rows of a process are always neighbours.
         return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=axis_types)
+    slices = slices_of(devices)
+    if len(slices) == 1:
+        return Mesh(_inside(sizes, devices), AXES, axis_types=axis_types)
+    across = across_slices(sizes, len(slices))
+    parts = np.stack([_inside(tuple(n // m for n, m in zip(sizes, across)), part) for part in slices])
+    whole = rearrange(
+        parts.reshape(*across, *parts.shape[1:]), "d f t s dp fsdp tp sp -> (d dp) (f fsdp) (t tp) (s sp)"
+    )
+    return Mesh(whole, AXES, axis_types=axis_types)
+
+
+def slices_of(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices by TPU slice; others are one group."""
+    if devices[0].platform != "tpu":
+        return [list(devices)]
+    groups: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        groups.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    return [groups[index] for index in sorted(groups)]
+
+
+def across_slices(sizes: Sequence[int], slices: int) -> tuple[int, int, int, int]:
+    """How many slices lie along each axis: dp first, which meets once a step, then fsdp, then sp, whose ring can hide
+    the network (strategy two_level). Never tp, whose sums nothing hides. Raises ValueError where that leaves some."""
+    found = _shared_out(sizes, slices)
+    if math.prod(found) != slices:
+        raise ValueError(
+            f"mesh {','.join(map(str, sizes))} cannot be laid over {slices} TPU slices: dp, fsdp and sp must have the"
+            f" factor {slices} among them, because tp stays inside a slice"
+        )
+    return found
+
+
+def lies_over(sizes: Sequence[int], slices: int) -> bool:
+    """Whether `across_slices` knows a way."""
+    return math.prod(_shared_out(sizes, slices)) == slices
+
+
+def _shared_out(sizes: Sequence[int], slices: int) -> tuple[int, int, int, int]:
+    dp, fsdp, _, sp = sizes
+    copies = math.gcd(dp, slices)
+    rows = math.gcd(fsdp, slices // copies)
+    return copies, rows, 1, math.gcd(sp, slices // copies // rows)
+
+
+def _inside(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """The devices of a slice, or of hosts of GPUs, as an array of these sizes; along sp they are neighbours."""
     try:
-        mesh = jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+        found = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices).devices
     except NotImplementedError:  # an axis of a TPU slice must be cut in two: sp 512 and tp 2 on 8 × 8 × 16 chips
-        split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        mesh = Mesh(split, AXES, axis_types=axis_types)
-    return Mesh(_neighbours(mesh.devices), AXES, axis_types=axis_types)
+        found = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return _neighbours(found)
 
 
 def _neighbours(devices: np.ndarray) -> np.ndarray:

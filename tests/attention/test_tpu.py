@@ -115,3 +115,34 @@ def test_what_splash_does_not_refuse_compiles(topology, lengths, heads, head_dim
     local = functools.partial(rj.attention, backend="splash", softcap=softcap)
     attend = jax.shard_map(local, mesh=chip, in_specs=P(), out_specs=P())
     jax.jit(lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout)).lower(*arrays).compile()
+
+
+@functools.cache
+def over_two_slices(strategy: str, backward: bool, slots: int = 2048, **options) -> list[hlo.Transfer]:
+    """What two slices of 4 × 4 chips send each other by the data-center network."""
+    mesh = ahead.slice_mesh("v5e:4x4:2")
+    lowered = ahead.ring_program(
+        mesh, seq_len=slots * mesh.size, heads=HEADS, kv_heads=KV_HEADS, backward=backward, backend="splash",
+        strategy=strategy, **options,
+    )  # fmt: skip
+    return [x for x in hlo.Program(lowered.compile().as_text()).transfers() if x.across]
+
+
+def test_a_two_level_ring_crosses_to_the_other_slice_once():
+    """K and V, where the plain ring sends both in each of its 31 rotations; a turn around the own slice hides them.
+
+    Which chips share a slice is seen on the mesh.
+    """
+    ring, double = (over_two_slices(strategy, backward=False) for strategy in ("ring", "two_level"))
+    assert sum(x.times for x in ring) == 2 * 31
+    assert sum(x.times for x in double) == 2 and all(x.hidden for x in double)
+    assert len(over_two_slices("two_level", backward=False, host_size=16)) == 2
+
+
+@pytest.mark.slow
+def test_its_backward_pass_crosses_twice():
+    """K and V once more, and once the sums of their gradients in float32."""
+    ring, double = (over_two_slices(strategy, backward=True, slots=SLOTS) for strategy in ("ring", "two_level"))
+    assert sum(x.times for x in ring) == 2 * 3 * 31
+    assert collections.Counter(x.dtype for x in double for _ in range(x.times)) == {"bf16": 4, "f32": 2}
+    assert all(x.hidden for x in double)

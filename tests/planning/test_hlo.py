@@ -60,6 +60,35 @@ ENTRY %main (x: bf16[2,64,8]) -> bf16[2,64,8] {
 """
 
 
+# A rotation of which one pair crosses to the other slice, and a sum over slices, which is no rotation.
+TWO_SLICES = """\
+HloModule jit_ring, is_scheduled=true
+
+ENTRY %main (x: bf16[2,64]) -> bf16[2,64] {
+  %x = bf16[2,64]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send = (bf16[2,64]{1,0}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="ppermute.5_0",_xla_megascale_transfer_type="ONE_TO_ONE"}
+  %recv = (bf16[2,64]{1,0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="ppermute.5_0",_xla_megascale_transfer_type="ONE_TO_ONE"}
+  %start = (bf16[2,64]{1,0}, bf16[2,64]{1,0}) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %done = bf16[2,64]{1,0} collective-permute-done(%start)
+  %attend = (bf16[2,64]{1,0}) custom-call(%x), custom_call_target="tpu_custom_call"
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %came = (bf16[2,64]{1,0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  %recv.1 = (f32[8]{0}, u32[], token[]) recv(%token), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %last = bf16[2,64]{1,0} select(%done, %came)
+}
+"""
+
+
+def test_a_rotation_between_slices_goes_by_the_network():
+    inside, across = sorted(hlo.Program(TWO_SLICES).transfers(), key=lambda transfer: transfer.across)
+    assert (inside.across, inside.hidden) == (False, False)
+    assert (across.across, across.hidden, across.scope, across.shape) == (True, True, "ppermute.5_0", (2, 64))
+
+
 @pytest.fixture(scope="module")
 def program() -> hlo.Program:
     return hlo.Program(TEXT)

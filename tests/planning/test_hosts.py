@@ -1,5 +1,6 @@
 """Rings that leave their host: what two_level and hybrid send by which links, and which of them a plan takes."""
 
+import dataclasses
 import re
 
 import pytest
@@ -67,6 +68,26 @@ def test_a_shard_eight_times_shorter_is_hidden_across_hosts_of_eight():
 def test_inside_one_host_two_level_costs_what_a_ring_does():
     ring, double = (plan(2**17, strategy, "h100:8").time.seconds for strategy in ("ring", "two_level"))
     assert ring == double
+
+
+def test_on_two_slices_a_ring_is_two_level_where_it_must_cross():
+    """One row of 2M tokens: copies of the model have no rows of their own, so the ring goes over both slices."""
+    ring, double = (plan(2**21, strategy, "tpu:v5e:16x16:2") for strategy in ("ring", "two_level"))
+    assert double.time.seconds < ring.time.seconds and double.hop.needed_tokens < ring.hop.needed_tokens
+    assert double.hop.needed_tokens == pytest.approx(ring.hop.needed_tokens / 256)
+    alone = plan(2**21, "two_level", "tpu:v5e:16x16")
+    assert alone.time.seconds == plan(2**21, "ring", "tpu:v5e:16x16").time.seconds
+
+
+def test_a_search_gives_each_slice_rows_of_its_own_where_there_are_enough():
+    config = parse_config(LONG % (2**19, "ring"), overrides=[("training.batch_size", "2")])
+    found = search(config, config.stage_list[0], Target.parse("tpu:v5e:8x8:2"))
+    assert found.plan.sizes[0] * found.plan.sizes[1] == 2 and found.choice.near == found.plan.sizes[3]
+    one = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=1))
+    found = search(one, one.stage_list[0], Target.parse("tpu:v5e:8x8:2"))
+    assert found.choice.strategy in ("two_level", "hybrid") and found.choice.near < found.plan.sizes[3]
+    with pytest.raises(ValueError, match="mesh 1,1,16,1 cannot be laid over 4 TPU slices"):
+        plan(2**19, "ring", "tpu:v5e:2x2:4", **{"mesh.shape": "1,1,16,1"})
 
 
 def test_hybrid_groups_as_training_will():

@@ -64,6 +64,7 @@ def test_offload_keeps_in_the_host_what_save_attention_keeps_on_the_device():
 def _stage(step):
     overrides = [(f"model.{name}", str(step[name])) for name in ("dtype", "remat", "ffn_chunk") if step.get(name)]
     overrides += [("model.vision_vocab_size", "0")] * (not step.get("vision", True))
+    overrides += [(f"model.{name}", str(value)) for name, value in step.get("model", {}).items()]
     text = "{model: {size: %s}, data: {}, training: {seq_len: %d, batch_size: %d}, mesh: {shape: '%s'}}"
     values = step["size"], step["seq_len"], step["batch_size"], step["mesh"]
     return parse_config(text % values, overrides=overrides).stage_list[0]

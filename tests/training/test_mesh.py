@@ -3,10 +3,11 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ringjax.training.mesh import make_mesh, resolve_shape, simulate_devices
+from ringjax.training.mesh import across_slices, lies_over, make_mesh, resolve_shape, simulate_devices
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,44 @@ def test_an_axis_of_a_slice_is_cut_where_the_mesh_asks_for_it():
 
     mesh = make_mesh("1,1,2,32", slice_devices("v4:4x4x4"))
     assert dict(mesh.shape) == {"dp": 1, "fsdp": 1, "tp": 2, "sp": 32} and len(set(mesh.devices.flat)) == 64
+
+
+@pytest.mark.parametrize(
+    "sizes, slices, found",
+    [
+        ((2, 1, 1, 16), 2, (2, 1, 1, 1)),
+        ((1, 4, 1, 8), 2, (1, 2, 1, 1)),
+        ((1, 1, 2, 16), 4, (1, 1, 1, 4)),
+        ((2, 3, 1, 8), 12, (2, 3, 1, 2)),
+        ((3, 5, 7, 9), 1, (1, 1, 1, 1)),
+    ],
+)
+def test_slices_lie_along_copies_first_and_never_along_tp(sizes, slices, found):
+    assert across_slices(sizes, slices) == found and lies_over(sizes, slices)
+
+
+def test_a_mesh_that_would_cut_tp_between_slices_is_refused():
+    assert not lies_over((1, 1, 16, 1), 2)
+    with pytest.raises(ValueError, match="mesh 1,3,16,1 cannot be laid over 2 TPU slices: .* tp stays inside a slice"):
+        across_slices((1, 3, 16, 1), 2)
+
+
+def test_a_ring_goes_around_each_slice_before_the_next():
+    """Two slices of 4 × 4 chips: along sp they follow each other; in each, and from one to the next, by neighbours."""
+    pytest.importorskip("libtpu", reason="libtpu is not installed (the extra 'tpu')")
+    from ringjax.planning.ahead import slice_devices
+
+    chips = slice_devices("v5e:4x4:2")
+    ring = make_mesh("1,1,1,32", chips).devices.ravel()
+    assert [chip.slice_index for chip in ring] == [0] * 16 + [1] * 16
+    for part in (ring[:16], ring[16:]):
+        coords = np.array([chip.coords for chip in part])
+        assert (np.abs(coords - np.roll(coords, 1, axis=0)).sum(axis=1) == 1).all() and len(set(part)) == 16
+    assert [chip.coords for chip in ring[:16]] == [chip.coords for chip in ring[16:]]  # so each sends to its like
+    mesh = make_mesh("2,1,2,8", chips).devices
+    assert {chip.slice_index for chip in mesh[0].flat} == {0} and {chip.slice_index for chip in mesh[1].flat} == {1}
+    mesh = make_mesh("1,1,2,16", chips).devices
+    assert {chip.slice_index for chip in mesh[..., :8].flat} == {0} and len(set(mesh.flat)) == 32
 
 
 @dataclasses.dataclass(frozen=True)
