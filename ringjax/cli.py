@@ -229,12 +229,14 @@ def _tokenize(arguments: list[str]) -> int:
 
 def _generate(arguments: list[str]) -> int:
     from ringjax.inference.command import GenerateConfig, run_generate
+    from ringjax.inference.on_mesh import watched
 
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
         about = "Text, words about pictures (--image), a picture or clip from words (--draw), or both (--interleaved)."
         print_help(GenerateConfig("MODEL", "WORDS"), "ringjax generate MODEL", about)
     hint = "put a prompt in quotes after --prompt"
-    run_generate(read_options(GenerateConfig, arguments, "generate", {"run_dir": "MODEL"}, hint))
+    with watched():
+        run_generate(read_options(GenerateConfig, arguments, "generate", {"run_dir": "MODEL"}, hint))
     return OK
 
 
@@ -281,11 +283,13 @@ def _eval(arguments: list[str]) -> int:
     if len(positional) != 1:
         found = " ".join(positional) or "none"
         raise UsageError(f"ringjax eval {name} takes one MODEL before its options, not {found}")
-    said = run_eval(read_lists(kind, [("model", positional), *pairs]))
+    from ringjax.inference.on_mesh import watched
     from ringjax.training.distributed import is_main
 
-    if is_main():
-        print(said)
+    with watched():
+        said = run_eval(read_lists(kind, [("model", positional), *pairs]))
+        if is_main():
+            print(said)
     return OK
 
 

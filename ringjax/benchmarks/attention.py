@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from ringjax.attention.strategies import BY_HOST
 from ringjax.benchmarks import case, check, peers, programs, rows, share, timing, torch_peer
 from ringjax.benchmarks.baseline import first_line, is_out_of_memory
 from ringjax.benchmarks.config import AttentionBench, split_heads
@@ -50,8 +51,10 @@ def ways(config: AttentionBench, ring_size: int) -> list[Way]:
         if strategy == "one_device":
             found.append(Way(strategy, None, backend, 1))
             continue
+        group = config.ulysses_size if strategy == "hybrid" else None
+        host = config.host_size if strategy in BY_HOST and group is None else None
         for layout in config.layouts:
-            found.append(Way(strategy, layout, backend, ring_size, config.ulysses_size, config.share > 0))
+            found.append(Way(strategy, layout, backend, ring_size, group, config.share > 0, host))
     return found
 
 

@@ -5,6 +5,7 @@ import re
 from typing import Literal
 
 from ringjax.attention.kernels import check_name
+from ringjax.attention.strategies import BY_HOST, check_host_size
 from ringjax.benchmarks.compare import combinations
 from ringjax.models.sizes import get_size
 
@@ -47,7 +48,7 @@ class AttentionBench:
     """Mean length of the documents of mask `packed`."""
     layouts: tuple[Literal["striped", "zigzag", "contiguous"], ...] = ("striped", "zigzag")
     """Which token sits on which device."""
-    strategies: tuple[Literal["one_device", "ring", "all_gather", "ulysses", "hybrid"], ...] = ()
+    strategies: tuple[Literal["one_device", "ring", "two_level", "all_gather", "ulysses", "hybrid"], ...] = ()
     """How attention crosses the devices; none given: one_device, and ring where there are several devices."""
     backends: tuple[str, ...] = ("auto",)
     """Attention kernels."""
@@ -55,6 +56,9 @@ class AttentionBench:
     """forward, and forward with the gradients of q, k and v."""
     ulysses_size: int | None = None
     """Devices of a group of strategy hybrid; null: the largest that fits."""
+    host_size: int | None = None
+    """Neighbours that share fast links, for strategy two_level, and for hybrid without a ulysses_size; null: the
+    devices of a process, on TPUs of a slice."""
     devices: int | None = None
     """Size of the ring; null: all devices."""
     simulated_devices: int = 0
@@ -106,6 +110,10 @@ class AttentionBench:
             check_name(backend)
         _at_least(self, head_dim=1, batch=1, mean_document=2, repeats=1, warmup=1, check_rows=1, baseline_up_to=2)
         _at_least(self, share=0, check_length=0, simulated_devices=0, seed=0)
+        if self.host_size is not None:
+            grouped = [name for name in self.strategies if name in BY_HOST]
+            _require(bool(grouped), f"host_size {self.host_size} is for strategies two_level and hybrid; name one")
+            check_host_size(grouped[0], self.host_size)
         _require(self.devices is None or self.devices >= 1, f"devices is {self.devices}; it must be at least 1")
         _require(0 <= self.run_seconds <= 60, f"run_seconds is {self.run_seconds}; use 0 (one call) to 60")
         _require(self.share != 1, "share 1 is a whole sequence: use --strategies one_device, or a share of 2 or more")

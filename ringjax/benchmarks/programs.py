@@ -35,6 +35,7 @@ class Way:
     ring_size: int
     ulysses_size: int | None = None
     share: bool = False
+    host_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,8 @@ def attend(work: Workload, way: Way, mesh: Mesh | None) -> Callable[..., Array]:
     if way.strategy == "one_device":
         return lambda q, k, v, reach: rj.attention(q, k, v, reach=reach, **options)
     local = functools.partial(
-        rj.ring_attention, axis_name="sp", layout=way.layout, strategy=way.strategy,
-        ulysses_size=way.ulysses_size if way.strategy == "hybrid" else None, **options,
+        rj.ring_attention, axis_name="sp", layout=way.layout, strategy=way.strategy, ulysses_size=way.ulysses_size,
+        host_size=way.host_size, **options,
     )  # fmt: skip
     if way.share:
         return lambda q, k, v, reach: local(q, k, v, reach=reach)

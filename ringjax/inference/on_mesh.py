@@ -1,7 +1,9 @@
 """The devices that a command works with, of this process alone or of several."""
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -10,9 +12,22 @@ from ringjax.models.parallel import Parallel
 from ringjax.training import agreement, distributed
 from ringjax.training.config import DistributedConfig
 from ringjax.training.mesh import check_shape, make_mesh, simulate_devices
+from ringjax.training.peers import Watch
 
 # What each process may have been told otherwise.
 _OWN = ("progress",)
+_command: contextvars.ContextVar[contextlib.ExitStack | None] = contextvars.ContextVar("command", default=None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Around a command: where it joins other processes, one that is lost ends it with a line and exit code 69."""
+    with contextlib.ExitStack() as stack:
+        before = _command.set(stack)
+        try:
+            yield
+        finally:
+            _command.reset(before)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,3 +80,5 @@ def join(config: Any, facts: Callable[[], dict[str, str]]) -> None:
         )
     agreement.require_same("devices", agreement.devices)
     agreement.require_same("files", facts)
+    if (stack := _command.get()) is not None:
+        stack.enter_context(Watch(DistributedConfig(), goes_on="begins anew, but answers that were written are kept"))

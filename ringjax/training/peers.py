@@ -60,9 +60,12 @@ class Judge:
 class Watch(contextlib.AbstractContextManager):
     """While it is entered, a lost process ends this one with exit code PEER_LOST; does nothing for a process alone."""
 
-    def __init__(self, config: DistributedConfig, leave: Callable[[int], NoReturn] = os._exit):
-        """`leave` ends the process."""
-        self._patience, self._leave = float(config.heartbeat_seconds), leave
+    def __init__(
+        self, config: DistributedConfig, leave: Callable[[int], NoReturn] = os._exit,
+        goes_on: str = "goes on from the last whole checkpoint",
+    ):  # fmt: skip
+        """`leave` ends the process; `goes_on` says what the same command does when it is run again."""
+        self._patience, self._leave, self._goes_on = float(config.heartbeat_seconds), leave, goes_on
         self._tick = min(2.0, self._patience / 10)
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._client: Any = None
@@ -116,7 +119,7 @@ class Watch(contextlib.AbstractContextManager):
             if self._index == 0:
                 self._put("lost", json.dumps([process, why]))
                 self._hear_the_others_end()
-            _say(f"{message}. Run the same command again on all hosts: it goes on from the last whole checkpoint")
+            _say(f"{message}. Run the same command again on all hosts: it {self._goes_on}")
             self._leave(int(ExitCode.PEER_LOST))
 
     def _hear_the_others_end(self) -> None:

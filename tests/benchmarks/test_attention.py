@@ -104,6 +104,20 @@ def test_shares_are_checked_timed_and_labelled(capsys, tmp_path):
     assert label in " ".join(out.split()) and label in (tmp_path / "results.md").read_text()
 
 
+def test_a_ring_of_hosts(capsys, tmp_path):
+    """Right, timed, and another program than the plain ring's: the K and V of a device go two ways."""
+    options = ["--lengths", "128", "--layouts", "striped", "--passes", "both", "--devices", "4", "--host_size", "2"]
+    strategies = ["--strategies", "two_level", "hybrid", "ring"]
+    code, _, _ = run(capsys, *SMALL, "--heads", "4/2", *options, *strategies, "--output", str(tmp_path))
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert code == 0 and [(row["strategy"], row["status"]) for row in rows] == [
+        ("two_level", OK), ("hybrid", OK), ("ring", OK)
+    ]  # fmt: skip
+    assert rows[0]["memory"] != rows[2]["memory"] and rows[0]["still"] is None
+    code, _, err = run(capsys, *SMALL, "--host_size", "2")
+    assert code == 2 and "host_size 2 is for strategies two_level and hybrid; name one" in err
+
+
 def test_other_strategies_and_refusals_are_rows(capsys, tmp_path):
     options = ["--lengths", "128", "--masks", "full", "--layouts", "striped", "--passes", "forward"]
     strategies = ["--devices", "4", "--strategies", "ulysses", "all_gather"]

@@ -1,10 +1,12 @@
 """Several processes write and measure what one does; only the first prints and keeps files."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
+from ringjax.exit_codes import ExitCode
 from tests.evaluation import small
 from tests.tiny_run import tiny_run
 from tests.training.runs import cluster, command, finish
@@ -88,6 +90,23 @@ def test_processes_draw_and_judge_the_same_pictures(folder, tmp_path):
         assert (one["text"], one["choices"], one["right"]) == (other["text"], other["choices"], other["right"])
         # The file has four digits after the point.
         np.testing.assert_allclose(one["log_likelihoods"], other["log_likelihoods"], rtol=1e-5, atol=1e-4)
+
+
+def test_a_process_that_is_lost_is_named_by_the_others(folder, tmp_path):
+    """One is killed before its first answer; the other does not wait for it forever."""
+    asked = ("eval", "perplexity", str(folder / "model"), "--haystack", str(folder / "hay.txt"), "--lengths", "128")
+    asked += ("--rows", "100000", "--buckets", "2", "--progress", "none", "--output", str(tmp_path / "out"))
+    asked += ("--mesh", "1,1,1,2", "--simulated_devices", "1")
+    processes = [command(*asked, cache=folder / "cache" / f"lost {i}", **v) for i, v in enumerate(cluster(2))]
+    answers = tmp_path / "out" / "results.jsonl"
+    deadline = time.monotonic() + 120
+    while not answers.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    processes[1].kill()
+    printed = finish(processes[0], code=int(ExitCode.PEER_LOST))
+    assert "process 1 (" in printed and "this is process 0 and cannot go on without it" in printed
+    assert "answers that were written are kept" in printed
+    processes[1].communicate()
 
 
 def test_processes_without_a_mesh_are_refused(folder):
