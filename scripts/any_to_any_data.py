@@ -52,8 +52,9 @@ def write_prose(texts: list[Path], folder: Path, words: int) -> None:
 def write_heldout(captions: Path, target: Path, share: float) -> None:
     rows = [json.loads(line) for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
     kept = [row for row in rows if heldout(str(row.get("caption", "")), share)]
-    # A caption names nothing outside its folder: a link there leads to the pictures.
-    link = target.with_suffix("")
+    # A caption names nothing outside its folder: a link there leads to the pictures. The target's own name without
+    # its ending is that of what is tokenized of it.
+    link = target.with_name(f"{target.stem}_files")
     link.unlink(missing_ok=True)
     link.symlink_to(captions.parent.absolute())
     write(target, [{**row, "file": f"{link.name}/{row['file']}"} for row in kept])

@@ -60,5 +60,7 @@ def test_books_become_pieces_and_captions_are_kept_aside(tmp_path):
     assert " ".join(" ".join(pieces).split()) == " ".join([*lines, "The end."])
     assert all(30 <= len(piece.split()) <= 40 for piece in pieces[:-1])
     assert read("heldout_prose.jsonl") == read("prose.jsonl") and len(read("books.jsonl")) == 1
+    taken = set(re.findall(r"^ *tokenize (\w+) ", SCRIPT, re.MULTILINE))
+    assert not taken & {path.name for path in (tmp_path / "out").iterdir()}, "names of what is tokenized next"
     kept = read("heldout_images.jsonl")
     assert 0 < len(kept) < 20 and all((tmp_path / "out" / row["file"]).parent.samefile(data / "images") for row in kept)
