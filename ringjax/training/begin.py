@@ -13,6 +13,7 @@ from ringjax.training import distributed
 from ringjax.training.checkpoint import (
     FOLDER,
     CheckpointError,
+    best_or,
     check_same_arrays,
     describe_arrays,
     last_whole,
@@ -75,5 +76,5 @@ def _last(path: str, verify: bool, said: list[str]) -> list | None:
     found = last_whole(Path(path) / FOLDER, verify, said.append)
     if found is None:
         return None
-    where, info = found
+    where, info = best_or(found, Path(path) / FOLDER, said.append)
     return [str(where), info["parameters"], digest_of(where), "base" in info, info.get("notes", {})]

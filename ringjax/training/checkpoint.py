@@ -11,12 +11,13 @@ older one is removed only after a newer one is whole.
 import dataclasses
 import functools
 import logging
+import math
 import re
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ringjax import disk
 from ringjax.json_text import brief
 from ringjax.models.config import ModelConfig
 from ringjax.models.transformer import Transformer
-from ringjax.training import peers
+from ringjax.training import distributed, peers
 from ringjax.training.config import CheckpointConfig, RunConfig
 from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest, write_manifest
 from ringjax.training.typed import build
@@ -125,6 +126,32 @@ def last_whole(folder: Path, verify: bool = True, say: Callable[[str], None] = p
     return None
 
 
+def _measured(folder: Path, say: Callable[[str], None]) -> Iterator[tuple[int, int, float]]:
+    """Stage, step and held-out loss of the whole checkpoints that have one; `say`s which manifests are damaged."""
+    for step, path in step_folders(folder):
+        try:
+            info = read_manifest(path, verify=False)
+        except DamagedCheckpoint as error:
+            if (path / NAME).exists():
+                say(f"checkpoint {error}; left out")
+            continue
+        if isinstance(loss := info.get("held_out_loss"), float) and math.isfinite(loss):
+            yield info["stage"], step, loss
+
+
+def best_of(folder: Path, stage: int, say: Callable[[str], None] = print) -> tuple[int, float] | None:
+    """Step and loss of a stage's checkpoint with the lowest held-out loss, None where none has one."""
+    found = [(loss, step) for own, step, loss in _measured(folder, say) if own == stage]
+    return min(found)[::-1] if found else None
+
+
+def best_steps(folder: Path) -> set[int]:
+    """The steps of the best checkpoint of each stage."""
+    quiet = lambda line: None  # noqa: E731
+    stages = {stage for stage, _, _ in _measured(folder, quiet)}
+    return {found[0] for stage in stages if (found := best_of(folder, stage, quiet)) is not None}
+
+
 def load_arrays(path: Path, name: str, abstract: Any) -> Any:
     """The arrays `name` ("params" or "optimizer") of a checkpoint, placed by the shardings of `abstract`."""
     try:
@@ -207,10 +234,18 @@ class CheckpointStore:
         except BaseException as error:
             self._failure = error
 
+    def best(self, stage: int) -> float | None:
+        """The lowest held-out loss of this stage's whole checkpoints; the same on all processes."""
+        found = distributed.same_on_all(lambda: best_of(self.folder, stage, self._say))
+        return None if found is None else found[1]
+
     def _prune(self) -> None:
         whole = [(step, path) for step, path in step_folders(self.folder) if (path / NAME).exists()]
+        kept = best_steps(self.folder) if self._config.keep_best else set()
         for step, path in whole[self._config.keep_last :]:
             if step in self._stage_ends or (self._config.keep_every and step % self._config.keep_every == 0):
+                continue
+            if step in kept:
                 continue
             (path / NAME).unlink()  # first: what is half removed must not look whole
             shutil.rmtree(path, ignore_errors=True)
@@ -272,6 +307,7 @@ def find_checkpoint(
 ) -> tuple[Path, dict[str, Any]]:
     """A run's last whole checkpoint (of the stage called `stage`, or that of `step`) and its manifest. Reads only.
 
+    Of a run with `checkpoint.keep_best` it is the one with the lowest held-out loss of the stage, where that is whole.
     Raises CheckpointError when there is none.
     """
     folder = Path(run_dir).absolute() / FOLDER
@@ -286,8 +322,25 @@ def find_checkpoint(
         found = last_whole(folder, say=say)
         if found is None:
             raise CheckpointError(f"{run_dir} holds no whole checkpoint; train first (ringjax train CONFIG)")
+    else:
+        found = _last_of_stage(run_dir, folder, stage, say)
+    return best_or(found, folder, say)
+
+
+def best_or(found: tuple[Path, dict[str, Any]], folder: Path, say: Callable[[str], None]) -> tuple[Path, dict]:
+    """The best checkpoint of the stage of the one that was found, if the run keeps such and it is whole."""
+    info = found[1]
+    if not (info.get("config") or {}).get("checkpoint", {}).get("keep_best"):
         return found
-    return _last_of_stage(run_dir, folder, stage, say)
+    best = best_of(folder, info["stage"], say)
+    if best is None or best[0] == info["step"]:
+        return found
+    path = folder / f"step_{best[0]:08d}"
+    try:
+        return path, read_manifest(path)
+    except DamagedCheckpoint as error:
+        say(f"checkpoint {error}, the best one; the last one is taken")
+        return found
 
 
 def _last_of_stage(run_dir: str | Path, folder: Path, stage: str, say: Callable[[str], None]) -> tuple[Path, dict]:

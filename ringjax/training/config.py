@@ -151,6 +151,9 @@ class CheckpointConfig:
     """Also keep each checkpoint whose step is a multiple of this, 0: none."""
     keep_stages: bool = False
     """Also keep the last one of each stage."""
+    keep_best: bool = False
+    """Save after each evaluation with a lower held-out loss (mean over the sources) than any before in its stage, and
+    keep the last of these of each stage. What reads the run takes it; training goes on from the newest."""
     asynchronous: bool = True
     """Write while training goes on."""
     verify: bool = True
@@ -222,9 +225,9 @@ class RunConfig:
     run_dir: str = "runs/default"
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, loss.png."""
     init_from: str | None = None
-    """What gives the first parameters: the folder of another run (its last checkpoint), or a published model (a Hugging
-    Face folder, a .gguf file, an LWM stream), which also says what `model` and data.tokenizer leave out; null: random
-    ones."""
+    """What gives the first parameters: the folder of another run (its last checkpoint, or best), or a published model
+    (a Hugging Face folder, a .gguf file, an LWM stream), which also says what `model` and data.tokenizer leave out;
+    null: random ones."""
     lora: LoraConfig | None = None
     """Low-rank adapters in place of all parameters (needs init_from); null: everything is trained."""
     seed: int = 0
@@ -253,6 +256,13 @@ class RunConfig:
             )
         for stage in self.stages:
             _check_same_parameters(self.stages[0], stage)
+        for stage in self.stage_list if self.checkpoint.keep_best else ():
+            held_out = stage.data.heldout or any(s.path.startswith("sample:") for s in stage.data.sources)
+            _require(
+                stage.training.eval_every > 0 and bool(held_out),
+                "checkpoint.keep_best goes by the held-out loss; set training.eval_every and data.heldout in every"
+                " stage, or keep_best to false",
+            )
 
     @property
     def stage_list(self) -> tuple[StageConfig, ...]:

@@ -1,5 +1,6 @@
 """The steps of one stage: train, look at the loss, log, save, evaluate, stop."""
 
+import math
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,6 +43,8 @@ class StageLoop:
         # Simulated devices get no such lead: with few cores, programs that overlap wait for each other's threads.
         self.lag = 0 if is_simulated() else 1
         self.parameters = count_parameters(trainer.abstract.params)
+        self.best = run.store.best(index) if run.config.checkpoint.keep_best else None
+        self.held_out: float | None = None
 
     def run(self, done: int, signals: StopSignals, owed: bool = False) -> None:
         """Steps `done` + 1 … of the stage; saves at the end.
@@ -61,14 +64,15 @@ class StageLoop:
             self.report(keep=self.lag)
             self.owner.store.poll()
             signal = signals.received(step)
-            owed = bool(eval_every) and (step % eval_every == 0 or step == self.end)
+            owed, self.held_out, better = bool(eval_every) and (step % eval_every == 0 or step == self.end), None, False
             if owed and not (signal and step < self.end):
                 self.report(keep=0)
                 self.evaluate(step)  # before the checkpoint, so that a resume from it has the evaluation behind it
+                better = self._is_best()
             if step == self.end:
                 self.report(keep=0)
                 self.finish()  # before the last checkpoint: a run that is whole has what it leaves
-            if step % every == 0 or step == self.end or signal:
+            if step % every == 0 or step == self.end or signal or better:
                 self.report(keep=0)  # a state is saved only after its loss was seen
                 self.save(step, fed, owed=bool(signal) and owed and step < self.end)
             if signal:
@@ -121,6 +125,8 @@ class StageLoop:
             "notes": self.owner.notes,
             "evaluation_owed": owed,
         }
+        if self.held_out is not None:
+            info["held_out_loss"] = self.held_out
         if self.owner.base is not None:
             info["base"] = self.owner.base
         self.owner.store.save(step, {"params": state.params, "optimizer": state.optimizer}, info)
@@ -137,6 +143,18 @@ class StageLoop:
         if self.owner.writer is not None:
             self.owner.writer.write({"step": step, "eval": results})
         self.owner.display.say(f"step {step}: {self.task.describe_evaluation(results)}")
+        losses = [found["loss"] for found in results.values() if found.get("loss") is not None]
+        self.held_out = sum(losses) / len(losses) if losses else None
+
+    def _is_best(self) -> bool:
+        """Whether the state that was just evaluated is worth keeping before those of its stage."""
+        found = self.held_out
+        if not self.owner.config.checkpoint.keep_best or found is None or not math.isfinite(found):
+            return False
+        if self.best is not None and found >= self.best:
+            return False
+        self.best = found
+        return True
 
     def finish(self) -> None:
         """What the task leaves in the run's folder at the end of its stage."""

@@ -110,6 +110,55 @@ def test_an_evaluation_that_a_signal_came_before_is_made_by_the_next_run(tmp_pat
     assert evaluated() == [4, 8]
 
 
+def told(monkeypatch, losses):
+    """Evaluations find these losses one after the other, in each of two sources one more and one less."""
+    left = iter(losses)
+
+    def evaluate(params):
+        loss = next(left)
+        return {name: {"loss": loss + more} for name, more in (("a", -1.0), ("b", 1.0))}
+
+    monkeypatch.setattr(transformer_task.TransformerTask, "evaluator", lambda *_: evaluate)
+
+
+def test_the_best_checkpoint_is_kept_and_read(tmp_path, monkeypatch):
+    """Held-out losses of steps 2, 4, 6 and 8: the run ends with a worse model than it had."""
+    options = dict(checkpoint__keep_best=True, checkpoint__keep_last=1, checkpoint__every=100, training__eval_every=2)
+    told(monkeypatch, [3.0, 1.5, 2.5, 2.0])
+    with monkeypatch.context() as patched, pytest.raises(Preempted):
+        stop_at(patched, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        loop.train(config(tmp_path, **options))
+    loop.train(config(tmp_path, **options))  # goes on from step 5, and knows what it had
+    steps = [step for step, _ in ckpt.step_folders(tmp_path / ckpt.FOLDER)]
+    assert steps == [8, 4] and last_whole(tmp_path / ckpt.FOLDER)[1]["step"] == 8
+    assert ckpt.find_checkpoint(tmp_path)[1]["step"] == ckpt.find_checkpoint(tmp_path, stage="train")[1]["step"] == 4
+    assert ckpt.find_checkpoint(tmp_path)[1]["held_out_loss"] == 1.5
+    # A run that begins with it begins with the best.
+    begun = loop.train(config(tmp_path / "next", init_from=tmp_path, training__steps=1, checkpoint__every=1))
+    best = restore_model(tmp_path)[1].wte.embedding[...]
+    moved = restore_model(begun)[1].wte.embedding[...]
+    assert np.abs(np.asarray(moved) - np.asarray(best)).max() <= 1.01e-2
+    # Where it is damaged the last one is read, and that is said.
+    said = []
+    (tmp_path / ckpt.FOLDER / "step_00000004" / "ringjax.json").write_text("{}")
+    assert ckpt.find_checkpoint(tmp_path, say=said.append)[1]["step"] == 8
+    assert said == ["checkpoint step_00000004 is damaged: ringjax.json cannot be read; left out"]
+
+
+def test_each_stage_has_its_best(tmp_path, monkeypatch):
+    told(monkeypatch, [2.0, 3.0, 9.0, 8.0])
+    stages = "[{name: one, training: {steps: 4}}, {name: two, training: {steps: 4}}]"
+    options = dict(checkpoint__keep_best=True, checkpoint__keep_last=1, checkpoint__every=100, training__eval_every=2)
+    loop.train(config(tmp_path, stages=stages, **options))
+    found = {name: ckpt.find_checkpoint(tmp_path, stage=name)[1]["step"] for name in ("one", "two")}
+    assert found == {"one": 2, "two": 8}
+
+
+def test_what_keep_best_needs_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="checkpoint.keep_best goes by the held-out loss; set training.eval_every"):
+        config(tmp_path, checkpoint__keep_best=True)
+
+
 def test_a_run_goes_on_on_another_mesh(unbroken, half):
     loop.train(config(half, mesh__shape="1,2,1,4", mesh__layout="zigzag"))
     np.testing.assert_allclose(np.array(curve(half)), np.array(curve(unbroken)), rtol=2e-5)

@@ -273,6 +273,11 @@ class TokenizerRun:
         _require(self.vqgan.channels in (1, 3), f"vqgan.channels is {self.vqgan.channels}; pictures have 1 or 3")
         self._check_resolution()
         _require(
+            not self.checkpoint.keep_best,
+            "checkpoint.keep_best goes by the held-out loss of a model of tokens, and an image tokenizer is measured"
+            " otherwise (PSNR, SSIM); set it to false",
+        )
+        _require(
             not self.training.eval_every or self.data.heldout_share > 0,
             "training.eval_every needs held-out pictures; set data.heldout_share above 0, or eval_every to 0",
         )
