@@ -10,6 +10,7 @@ older one is removed only after a newer one is whole.
 
 import dataclasses
 import functools
+import inspect
 import logging
 import math
 import re
@@ -55,18 +56,24 @@ def _orbax():
     import orbax.checkpoint.experimental.v1 as ocp
 
     sys.unraisablehook = functools.partial(_without_given_up, sys.unraisablehook)
+    logging.getLogger("asyncio").addFilter(_is_not_of_a_failed_load)
     return ocp
+
+
+def _is_not_of_a_failed_load(record: logging.LogRecord) -> bool:
+    """Of all reads that were under way when one failed, the first is reported as the error; asyncio logs the others."""
+    text = record.getMessage()
+    return "exception was never retrieved" not in text or not ("orbax" in text or "OCDBT" in text)
 
 
 def _without_given_up(report: Callable[[Any], None], raised: Any) -> None:
     """`report`s an unraisable exception (`sys.unraisablehook`), but not of what orbax gave up after a failure.
 
     Where a save fails, tensorstore tells the rest of its futures to a loop that is gone, and prints each. Where a load
-    fails, the reads that were under way are collected some time later, and orbax wraps the GeneratorExit that ends
-    each of them.
+    fails, orbax's coroutines that were under way, or not begun, are collected some time later, and each says so.
     """
-    error = raised.exc_value
-    if str(error) != "Event loop is closed" and not isinstance(getattr(error, "__cause__", None), GeneratorExit):
+    given_up = inspect.iscoroutine(raised.object) and "orbax" in Path(raised.object.cr_code.co_filename).parts
+    if not given_up and str(raised.exc_value) != "Event loop is closed":
         report(raised)
 
 

@@ -5,6 +5,7 @@ import functools
 import gc
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -276,7 +277,7 @@ def test_arrays_that_cannot_be_read_are_told_as_a_checkpoints_fault(tmp_path):
         load_arrays(path, "params", arrays(1)["params"])
 
 
-def test_reads_that_were_given_up_are_not_reported_later(tmp_path, monkeypatch):
+def test_reads_that_were_given_up_are_not_reported_later(tmp_path, monkeypatch, caplog):
     """Orbax's reads that were under way when one failed end when they are collected, anywhere in what comes after."""
     reported = []
     ckpt._orbax()
@@ -288,7 +289,9 @@ def test_reads_that_were_given_up_are_not_reported_later(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError):
         load_arrays(path, "params", arrays(1)["params"])
     gc.collect()
-    assert reported == []
+    assert reported == [] and caplog.records == []
+    logging.getLogger("asyncio").error("Task exception was never retrieved\ntask: <Task coro=<somebody_else()>>")
+    assert len(caplog.records) == 1
 
     class Faulty:
         def __del__(self):
