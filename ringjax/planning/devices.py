@@ -61,7 +61,8 @@ class Device:
     memory: float
     link: float
     host_link: float
-    per_host: int
+    per_host: int | None
+    """GPUs with fast links between them; None on TPUs, where the slice decides."""
     rates: Rates
     reserved: float = 0.0
 
@@ -86,10 +87,9 @@ class Device:
         return self.memory - self.reserved if self.platform == "tpu" else self.memory * float(FRACTION)
 
 
-def _tpu(name: str, kind: str, gib: float, usable: float, link: float, network: float, per_host: int = 4) -> Device:
+def _tpu(name: str, kind: str, gib: float, usable: float, link: float, network: float) -> Device:
     # `usable` GiB are what libtpu 0.0.42 says is there when a program needs more; `network` is in Gb/s.
-    reserved = (gib - usable) * GIB
-    return Device(name, kind, gib * GIB, link, network / 8 * 1e9, per_host, ASSUMED_TPU, reserved=reserved)
+    return Device(name, kind, gib * GIB, link, network / 8 * 1e9, None, ASSUMED_TPU, reserved=(gib - usable) * GIB)
 
 
 DEVICES = {
@@ -99,7 +99,7 @@ DEVICES = {
         _tpu("v5e", "TPU v5 lite", 16, 15.75, 50e9, network=25),
         _tpu("v5p", "TPU v5p", 95.74, 95.74, 100e9, network=50),
         _tpu("v6e", "TPU v6 lite", 32, 31.25, 100e9, network=100),
-        _tpu("tpu7x", "TPU7x", 96, 94.75, 50e9, network=50, per_host=8),
+        _tpu("tpu7x", "TPU7x", 96, 94.75, 50e9, network=50),
         # GPUs: what the driver shows of 80, 80, 141 and 180 GB.
         Device("a100", "NVIDIA A100-SXM4-80GB", 79.25 * GIB, 300e9, 25e9, 8, ASSUMED_GPU),
         Device("h100", "NVIDIA H100 80GB HBM3", 79.14 * GIB, 450e9, 50e9, 8, H100_RATES),
