@@ -129,7 +129,8 @@ def _notes(plans: list[StagePlan], config: PlanConfig) -> Iterable[str]:
             hop = plan.hop
             word = "hides behind" if hop.hidden else "is longer than"
             across = plan.stage.mesh.strategy == "two_level"
-            what, beside = ("transfer across hosts", "its turn's") if across else ("rotation", "its hop's")
+            groups = "slices" if plan.target.slices > 1 else "hosts"
+            what, beside = (f"transfer across {groups}", "its turn's") if across else ("rotation", "its hop's")
             yield (
                 f"{plan.stage.name}: a {what} of {hop.bytes / 2**20:.0f} MiB {word} {beside} attention:"
                 f" {hop.tokens:,.0f} tokens a {'group' if plan.stage.mesh.strategy == 'hybrid' else 'device'},"
