@@ -26,18 +26,9 @@ from ringjax.models.config import ModelConfig
 from ringjax.models.lora import LoraConfig
 from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
+from ringjax.training.arrays import CheckpointError, check_same_arrays, describe_arrays, load_arrays
 from ringjax.training.begin import check_same_base
-from ringjax.training.checkpoint import (
-    CheckpointError,
-    check_same_arrays,
-    describe_arrays,
-    find_checkpoint,
-    for_inference,
-    load_arrays,
-    placed,
-    restore_params,
-    run_of,
-)
+from ringjax.training.checkpoint import find_checkpoint, for_inference, placed, restore_params, run_of
 from ringjax.training.config import StageConfig
 from ringjax.training.manifest import digest_of
 from ringjax.training.run_folder import own_tokenizer

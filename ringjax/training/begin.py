@@ -10,15 +10,8 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from ringjax.training import distributed
-from ringjax.training.checkpoint import (
-    FOLDER,
-    CheckpointError,
-    best_or,
-    check_same_arrays,
-    describe_arrays,
-    last_whole,
-    load_arrays,
-)
+from ringjax.training.arrays import CheckpointError, check_same_arrays, describe_arrays, load_arrays
+from ringjax.training.checkpoint import FOLDER, best_or, last_whole
 from ringjax.training.config import RunConfig
 from ringjax.training.manifest import digest_of
 from ringjax.training.start import OpenStart

@@ -9,16 +9,12 @@ older one is removed only after a newer one is whole.
 """
 
 import dataclasses
-import functools
-import inspect
-import logging
 import math
 import re
 import shutil
-import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +26,15 @@ from ringjax.json_text import brief
 from ringjax.models.config import ModelConfig
 from ringjax.models.transformer import Transformer
 from ringjax.training import distributed, peers
+from ringjax.training.arrays import (
+    CheckpointError,
+    check_same_arrays,
+    describe_arrays,
+    flatten_named,
+    load_arrays,
+    one_line,
+    start_saving,
+)
 from ringjax.training.config import CheckpointConfig, RunConfig
 from ringjax.training.manifest import NAME, DamagedCheckpoint, read_manifest, write_manifest
 from ringjax.training.typed import build
@@ -41,80 +46,8 @@ SAVE_SECONDS = 3600
 """A save that takes longer hangs."""
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message says which one, why and what is left."""
-
-
 class DiskError(CheckpointError):
     """A checkpoint could not be written because of the disk: it is full, read-only or broken."""
-
-
-@functools.cache
-def _orbax():
-    # Its errors reach us as exceptions, which we report in one line; its own logging prints each of them many times.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    import orbax.checkpoint.experimental.v1 as ocp
-
-    sys.unraisablehook = functools.partial(_without_given_up, sys.unraisablehook)
-    logging.getLogger("asyncio").addFilter(_is_not_of_a_failed_load)
-    return ocp
-
-
-def _is_not_of_a_failed_load(record: logging.LogRecord) -> bool:
-    """Of all reads that were under way when one failed, the first is reported as the error; asyncio logs the others."""
-    text = record.getMessage()
-    return "exception was never retrieved" not in text or not ("orbax" in text or "OCDBT" in text)
-
-
-def _without_given_up(report: Callable[[Any], None], raised: Any) -> None:
-    """`report`s an unraisable exception (`sys.unraisablehook`), but not of what orbax gave up after a failure.
-
-    Where a save fails, tensorstore tells the rest of its futures to a loop that is gone, and prints each. Where a load
-    fails, orbax's coroutines that were under way, or not begun, are collected some time later, and each says so.
-    """
-    given_up = inspect.iscoroutine(raised.object) and "orbax" in Path(raised.object.cr_code.co_filename).parts
-    if not given_up and str(raised.exc_value) != "Event loop is closed":
-        report(raised)
-
-
-def _start_saving(path: Path, named: dict[str, Any]):
-    """Orbax's own limits are by the wall clock, which may jump in the meantime: a save that hangs is found by ours.
-
-    Making folders in another thread is waited for with a limit that cannot be set, so it is not asked for.
-    """
-    ocp = _orbax()
-    options = ocp.options.AsyncOptions(timeout_secs=14 * 86400, create_directories_asynchronously=False)
-    with ocp.Context(async_options=options):
-        return ocp.save_checkpointables_async(path, named)
-
-
-def flatten_named(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by their dotted paths: a flat dict survives changes of container classes."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def unflatten_like(tree: Any, named: dict[str, Any]) -> Any:
-    """The inverse of `flatten_named`, with the structure of `tree`."""
-    return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in flatten_named(tree)])
-
-
-def describe_arrays(tree: Any) -> dict[str, str]:
-    """Name -> "float32[2,256]" of every array, to compare two models."""
-    return {
-        name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in flatten_named(tree).items()
-    }  # fmt: skip
-
-
-def check_same_arrays(saved: dict[str, str], wanted: dict[str, str], where: str, what: str = "model") -> None:
-    """Raises CheckpointError that lists what differs between a checkpoint and this run's arrays."""
-    lines = [f"{n} is {saved[n]} there and {wanted[n]} here" for n in wanted if n in saved and saved[n] != wanted[n]]
-    lines += [f"{n} is only in the checkpoint" for n in saved if n not in wanted]
-    lines += [f"{n} is only in this {what}" for n in wanted if n not in saved]
-    if lines:
-        more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
-        said = "; ".join(line[:300] for line in lines[:8])
-        raise CheckpointError(f"{where} is of another {what}: {said}{more}; use another run_dir")
 
 
 def step_folders(folder: Path) -> list[tuple[int, Path]]:
@@ -133,8 +66,9 @@ def last_whole(folder: Path, verify: bool = True, say: Callable[[str], None] = p
     return None
 
 
-def _measured(folder: Path, say: Callable[[str], None]) -> Iterator[tuple[int, int, float]]:
-    """Stage, step and held-out loss of the whole checkpoints that have one; `say`s which manifests are damaged."""
+def best_of_stages(folder: Path, say: Callable[[str], None]) -> dict[int, tuple[float, int]]:
+    """Held-out loss and step of each stage's whole checkpoint with the lowest; `say`s which manifests are damaged."""
+    best: dict[int, tuple[float, int]] = {}
     for step, path in step_folders(folder):
         try:
             info = read_manifest(path, verify=False)
@@ -143,33 +77,9 @@ def _measured(folder: Path, say: Callable[[str], None]) -> Iterator[tuple[int, i
                 say(f"checkpoint {error}; left out")
             continue
         if isinstance(loss := info.get("held_out_loss"), float) and math.isfinite(loss):
-            yield info["stage"], step, loss
-
-
-def best_of(folder: Path, stage: int, say: Callable[[str], None] = print) -> tuple[int, float] | None:
-    """Step and loss of a stage's checkpoint with the lowest held-out loss, None where none has one."""
-    found = [(loss, step) for own, step, loss in _measured(folder, say) if own == stage]
-    return min(found)[::-1] if found else None
-
-
-def best_steps(folder: Path) -> set[int]:
-    """The steps of the best checkpoint of each stage."""
-    quiet = lambda line: None  # noqa: E731
-    stages = {stage for stage, _, _ in _measured(folder, quiet)}
-    return {found[0] for stage in stages if (found := best_of(folder, stage, quiet)) is not None}
-
-
-def load_arrays(path: Path, name: str, abstract: Any) -> Any:
-    """The arrays `name` ("params" or "optimizer") of a checkpoint, placed by the shardings of `abstract`."""
-    try:
-        loaded = _orbax().load_checkpointables(path.absolute(), {name: flatten_named(abstract)})[name]
-        return unflatten_like(abstract, loaded)
-    except Exception as error:  # orbax and tensorstore raise errors of many kinds
-        raise CheckpointError(f"{path}: the arrays {name!r} cannot be read: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            stage = info["stage"]
+            best[stage] = min(best.get(stage, (loss, step)), (loss, step))
+    return best
 
 
 class CheckpointStore:
@@ -221,7 +131,7 @@ class CheckpointStore:
         self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(named))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            response = _start_saving(path, named)
+            response = start_saving(path, named)
         except Exception as error:
             self._failure = error
             self.poll()
@@ -243,12 +153,13 @@ class CheckpointStore:
 
     def best(self, stage: int) -> float | None:
         """The lowest held-out loss of this stage's whole checkpoints; the same on all processes."""
-        found = distributed.same_on_all(lambda: best_of(self.folder, stage, self._say))
-        return None if found is None else found[1]
+        loss, _ = distributed.same_on_all(lambda: best_of_stages(self.folder, self._say).get(stage, (None, None)))
+        return loss
 
     def _prune(self) -> None:
         whole = [(step, path) for step, path in step_folders(self.folder) if (path / NAME).exists()]
-        kept = best_steps(self.folder) if self._config.keep_best else set()
+        best = best_of_stages(self.folder, say=lambda line: None) if self._config.keep_best else {}
+        kept = {step for _, step in best.values()}
         for step, path in whole[self._config.keep_last :]:
             if step in self._stage_ends or (self._config.keep_every and step % self._config.keep_every == 0):
                 continue
@@ -281,7 +192,7 @@ class CheckpointStore:
         """One line for what went wrong; what is wrong with a disk is named as such."""
         problem = disk.problem(error)
         if problem is None:
-            return _line(error)
+            return one_line(error)
         what = disk.named(error) or f"step_{self._newest:08d}"
         try:
             room = disk.free(self.folder)
@@ -339,10 +250,10 @@ def best_or(found: tuple[Path, dict[str, Any]], folder: Path, say: Callable[[str
     info = found[1]
     if not (info.get("config") or {}).get("checkpoint", {}).get("keep_best"):
         return found
-    best = best_of(folder, info["stage"], say)
-    if best is None or best[0] == info["step"]:
+    _, step = best_of_stages(folder, say).get(info["stage"], (None, info["step"]))
+    if step == info["step"]:
         return found
-    path = folder / f"step_{best[0]:08d}"
+    path = folder / f"step_{step:08d}"
     try:
         return path, read_manifest(path)
     except DamagedCheckpoint as error:

@@ -16,17 +16,9 @@ from jax.sharding import Mesh
 
 from ringjax import accelerator
 from ringjax.training import agreement, distributed
+from ringjax.training.arrays import CheckpointError, check_same_arrays, describe_arrays, load_arrays
 from ringjax.training.begin import Begun, begin_from, check_same_base
-from ringjax.training.checkpoint import (
-    FOLDER,
-    CheckpointError,
-    CheckpointStore,
-    check_same_arrays,
-    describe_arrays,
-    last_whole,
-    load_arrays,
-    step_folders,
-)
+from ringjax.training.checkpoint import FOLDER, CheckpointStore, last_whole, step_folders
 from ringjax.training.config import RunConfig
 from ringjax.training.image_tokenizer.config import TokenizerRun
 from ringjax.training.load import to_yaml

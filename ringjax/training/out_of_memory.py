@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ringjax.training.checkpoint import flatten_named
+from ringjax.training.arrays import flatten_named
 from ringjax.training.task import TrainState
 
 SHOWN = 5

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
-from ringjax.training.checkpoint import describe_arrays
+from ringjax.training.arrays import describe_arrays
 from ringjax.training.load import to_plain
 from ringjax.training.mesh import is_simulated
 from ringjax.training.stops import BadLoss, LossGuard, Preempted, StopSignals, save_bad_batch

@@ -229,11 +229,11 @@ def whole(run: Path) -> set[str]:
 
 def parameters(run: Path, name: str) -> str:
     """A digest of the numbers of a checkpoint, however its files are arranged."""
-    from ringjax.training.checkpoint import _orbax
+    from ringjax.training.arrays import orbax
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that shardings are read from the files, which is what is wanted here
-        arrays = _orbax().load_checkpointables(run.absolute() / FOLDER / name)
+        arrays = orbax().load_checkpointables(run.absolute() / FOLDER / name)
     digest = hashlib.sha256()
     for part in ("params", "optimizer"):
         for key, value in sorted(arrays[part].items()):

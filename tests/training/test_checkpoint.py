@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ringjax.training import arrays as arrays_on_disk
 from ringjax.training import checkpoint as ckpt
 from ringjax.training import peers
 from ringjax.training.checkpoint import CheckpointError, CheckpointStore, DiskError, last_whole, load_arrays
@@ -280,8 +281,8 @@ def test_arrays_that_cannot_be_read_are_told_as_a_checkpoints_fault(tmp_path):
 def test_reads_that_were_given_up_are_not_reported_later(tmp_path, monkeypatch, caplog):
     """Orbax's reads that were under way when one failed end when they are collected, anywhere in what comes after."""
     reported = []
-    ckpt._orbax()
-    monkeypatch.setattr(sys, "unraisablehook", functools.partial(ckpt._without_given_up, reported.append))
+    arrays_on_disk.orbax()
+    monkeypatch.setattr(sys, "unraisablehook", functools.partial(arrays_on_disk._without_given_up, reported.append))
     store = store_of(tmp_path)
     save_steps(store, [1])
     path = store.folder / "step_00000001"
