@@ -235,7 +235,7 @@ def _generate(arguments: list[str]) -> int:
         about = "Text, words about pictures (--image), a picture or clip from words (--draw), or both (--interleaved)."
         print_help(GenerateConfig("MODEL", "WORDS"), "ringjax generate MODEL", about)
     hint = "put a prompt in quotes after --prompt"
-    with watched():
+    with watched("begins anew"):
         run_generate(read_options(GenerateConfig, arguments, "generate", {"run_dir": "MODEL"}, hint))
     return OK
 
@@ -286,7 +286,7 @@ def _eval(arguments: list[str]) -> int:
     from ringjax.inference.on_mesh import watched
     from ringjax.training.distributed import is_main
 
-    with watched():
+    with watched("asks what has no answer yet"):
         said = run_eval(read_lists(kind, [("model", positional), *pairs]))
         if is_main():
             print(said)

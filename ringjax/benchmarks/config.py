@@ -110,9 +110,15 @@ class AttentionBench:
             check_name(backend)
         _at_least(self, head_dim=1, batch=1, mean_document=2, repeats=1, warmup=1, check_rows=1, baseline_up_to=2)
         _at_least(self, share=0, check_length=0, simulated_devices=0, seed=0)
+        _require(
+            self.ulysses_size is None or "hybrid" in self.strategies,
+            f"ulysses_size {self.ulysses_size} is for strategy hybrid; name it, or leave ulysses_size out",
+        )
         if self.host_size is not None:
-            grouped = [name for name in self.strategies if name in BY_HOST]
-            _require(bool(grouped), f"host_size {self.host_size} is for strategies two_level and hybrid; name one")
+            # A ulysses_size says how hybrid groups.
+            grouped = [name for name in self.strategies if name in BY_HOST[: 2 if self.ulysses_size is None else 1]]
+            free = "two_level and hybrid" if self.ulysses_size is None else "two_level, where hybrid has a ulysses_size"
+            _require(bool(grouped), f"host_size {self.host_size} is for strategies {free}; name one, or leave it out")
             check_host_size(grouped[0], self.host_size)
         _require(self.devices is None or self.devices >= 1, f"devices is {self.devices}; it must be at least 1")
         _require(0 <= self.run_seconds <= 60, f"run_seconds is {self.run_seconds}; use 0 (one call) to 60")

@@ -16,14 +16,19 @@ from ringjax.training.peers import Watch
 
 # What each process may have been told otherwise.
 _OWN = ("progress",)
-_command: contextvars.ContextVar[contextlib.ExitStack | None] = contextvars.ContextVar("command", default=None)
+_command: contextvars.ContextVar[tuple[contextlib.ExitStack, str] | None] = contextvars.ContextVar(
+    "command", default=None
+)
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
-    """Around a command: where it joins other processes, one that is lost ends it with a line and exit code 69."""
+def watched(goes_on: str) -> Iterator[None]:
+    """Around a command: where it joins other processes, one that is lost ends it with a line and exit code 69.
+
+    `goes_on` says what the same command does when it is run again.
+    """
     with contextlib.ExitStack() as stack:
-        before = _command.set(stack)
+        before = _command.set((stack, goes_on))
         try:
             yield
         finally:
@@ -80,5 +85,6 @@ def join(config: Any, facts: Callable[[], dict[str, str]]) -> None:
         )
     agreement.require_same("devices", agreement.devices)
     agreement.require_same("files", facts)
-    if (stack := _command.get()) is not None:
-        stack.enter_context(Watch(DistributedConfig(), goes_on="begins anew, but answers that were written are kept"))
+    if (command := _command.get()) is not None:
+        stack, goes_on = command
+        stack.enter_context(Watch(DistributedConfig(), goes_on=goes_on))

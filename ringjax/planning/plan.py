@@ -78,7 +78,10 @@ def plan_stage(run: RunConfig, stage: StageConfig, target: Target) -> StagePlan:
     check_devices(dataclasses.replace(run, stages=(stage,)), target.count)
     _check_planned(run, stage)
     sizes = resolve_shape(stage.mesh.shape, target.count)
-    across_slices(sizes, target.slices)
+    try:
+        across_slices(sizes, target.slices)
+    except ValueError as error:
+        raise ConfigError(f"stage {stage.name!r}: {error}") from None
     _check_strategy(stage, sizes, target)
     parameters = stage.model.parameter_count()
     return StagePlan(

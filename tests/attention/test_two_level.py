@@ -1,6 +1,7 @@
 """A ring of rings gives the float64 result for every layout, host size, mask and type, and crosses hosts seldom."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import ringjax as rj
+from ringjax.attention import strategies
 from ringjax.attention.ring import Ring
 from ringjax.attention.two_level import Turn, TwoLevel
 from tests.attention import cases, hlo, oracle
@@ -135,3 +137,10 @@ def test_hybrid_groups_inside_a_host():
     assert "{0,1},{2,3}" in text[2].replace(" ", "") and "{0,1,2,3}" not in text[2].replace(" ", "")
     assert "{0,1,2,3},{4,5,6,7}" in text[4].replace(" ", "")
 
+
+def test_chips_of_a_slice_are_one_host():
+    """Of all devices, or of a ring that crosses slices; GPUs and CPUs go by process."""
+    chips = [types.SimpleNamespace(platform="tpu", slice_index=i // 8) for i in range(16)]
+    assert strategies.in_slice(chips) == 8 and strategies.in_slice(chips[6:10]) == 2
+    assert strategies.in_slice([types.SimpleNamespace(platform="tpu")] * 4) == 4
+    assert strategies.in_slice(jax.devices()) is None

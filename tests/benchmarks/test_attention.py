@@ -114,8 +114,17 @@ def test_a_ring_of_hosts(capsys, tmp_path):
         ("two_level", OK), ("hybrid", OK), ("ring", OK)
     ]  # fmt: skip
     assert rows[0]["memory"] != rows[2]["memory"] and rows[0]["still"] is None
-    code, _, err = run(capsys, *SMALL, "--host_size", "2")
-    assert code == 2 and "host_size 2 is for strategies two_level and hybrid; name one" in err
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--host_size", "2"], "host_size 2 is for strategies two_level and hybrid; name one, or leave it out"),
+    (["--strategies", "hybrid", "--host_size", "2", "--ulysses_size", "2"], "host_size 2 is for strategies two_level, "),
+    (["--strategies", "two_level", "--ulysses_size", "2"], "ulysses_size 2 is for strategy hybrid; name it"),
+    (["--strategies", "two_level", "--host_size", "0"], "host_size 0 must be a number of devices, at least 1"),
+])  # fmt: skip
+def test_groups_that_nothing_makes_are_refused(capsys, options, message):
+    code, _, err = run(capsys, *SMALL, *options)
+    assert code == 2 and message in err
 
 
 def test_other_strategies_and_refusals_are_rows(capsys, tmp_path):

@@ -105,7 +105,7 @@ def test_a_process_that_is_lost_is_named_by_the_others(folder, tmp_path):
     processes[1].kill()
     printed = finish(processes[0], code=int(ExitCode.PEER_LOST))
     assert "process 1 (" in printed and "this is process 0 and cannot go on without it" in printed
-    assert "answers that were written are kept" in printed
+    assert "on all hosts: it asks what has no answer yet" in printed
     processes[1].communicate()
 
 

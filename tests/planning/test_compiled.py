@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from ringjax.planning import compiled, memory
+from ringjax.planning import compiled, hlo, memory
 from ringjax.planning.devices import Target
 from ringjax.training.load import parse_config
 
@@ -31,6 +31,19 @@ def test_a_program_that_does_not_fit_is_read_from_the_message():
     assert "f32[127,1,131072,4,100] (broadcast_in_dim), 25.80 GiB" in said.problem
     early = compiled.overflow(EARLY, 1.0)
     assert early.used == 24.31 * 2**30 and "8.56 too many" in early.problem
+
+
+def test_rotations_between_slices_are_counted_though_they_have_no_scope():
+    def transfer(scope: str, across: bool = False) -> hlo.Transfer:
+        return hlo.Transfer("bf16", (8,), 1, (), scope, across)
+
+    one, two = Target.parse("tpu:v5e:4x4"), Target.parse("tpu:v5e:4x4:2")
+    rotation, weights = transfer("jit(step)/ring/rotate_inside/ppermute"), transfer("jit(step)/gather")
+    unnamed = transfer("")
+    network = transfer("ppermute.5_0", across=True)
+    for target, counted in ((one, [True, False, False, True]), (two, [True, False, True, True])):
+        found = [compiled._is_rotation(x, target) for x in (rotation, weights, unnamed, network)]
+        assert found == counted
 
 
 def test_another_failure_is_no_answer_about_memory():

@@ -12,6 +12,7 @@ from ringjax.planning.plan import plan_stage
 from ringjax.planning.search import search
 from ringjax.planning.traffic import Traffic
 from ringjax.training.load import parse_config
+from ringjax.training.yaml_tree import ConfigError
 
 KV, SUMS = 100, 200
 FAST, SLOW = 10.0, 1.0
@@ -86,7 +87,7 @@ def test_a_search_gives_each_slice_rows_of_its_own_where_there_are_enough():
     one = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=1))
     found = search(one, one.stage_list[0], Target.parse("tpu:v5e:8x8:2"))
     assert found.choice.strategy in ("two_level", "hybrid") and found.choice.near < found.plan.sizes[3]
-    with pytest.raises(ValueError, match="mesh 1,1,16,1 cannot be laid over 4 TPU slices"):
+    with pytest.raises(ConfigError, match="stage 'train': mesh 1,1,16,1 cannot be laid over 4 TPU slices"):
         plan(2**19, "ring", "tpu:v5e:2x2:4", **{"mesh.shape": "1,1,16,1"})
 
 

@@ -261,6 +261,16 @@ def test_the_end_of_the_data_is_said_and_saved(tmp_path):
     assert last_whole(tmp_path / "run" / "checkpoints")[1]["step"] == curve(tmp_path / "run")[-1][0]
 
 
+def test_a_mesh_that_the_slices_cannot_hold_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    def refuse(shape):
+        raise ValueError(f"mesh {shape} cannot be laid over 3 TPU slices")
+
+    monkeypatch.setattr(loop, "make_mesh", refuse)
+    with pytest.raises(ConfigError, match="mesh 2,1,1,4 cannot be laid over 3 TPU slices"):
+        loop.train(config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_bad_runs_are_refused_before_anything_is_written(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(ConfigError, match="gone.jsonl"):
