@@ -118,7 +118,7 @@ def test_a_ring_of_hosts(capsys, tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (["--host_size", "2"], "host_size 2 is for strategies two_level and hybrid; name one, or leave it out"),
-    (["--strategies", "hybrid", "--host_size", "2", "--ulysses_size", "2"], "host_size 2 is for strategies two_level, "),
+    (["--strategies", "hybrid", "--host_size", "2", "--ulysses_size", "2"], "host_size 2 is for strategies two_level"),
     (["--strategies", "two_level", "--ulysses_size", "2"], "ulysses_size 2 is for strategy hybrid; name it"),
     (["--strategies", "two_level", "--host_size", "0"], "host_size 0 must be a number of devices, at least 1"),
 ])  # fmt: skip

@@ -93,6 +93,11 @@ def test_by_the_codes_of_the_picture(lines, tmp_path):
     for record in records(tmp_path / "out"):
         assert record["text"] == record["choices"][int(np.argmax(record["of_codes"]))]
         assert set(record["right"]) == {"sum", "mean", "lift", "codes"}
+    # Pictures are drawn after `words`, clips after `clip_words`.
+    run_eval(captions(lines, tmp_path / "said", by="codes", words="Draw {caption}"))
+    for record, said in zip(records(tmp_path / "out"), records(tmp_path / "said"), strict=True):
+        assert (record["of_codes"] == said["of_codes"]) == (record["part"] == "clips")
+        assert record["log_likelihoods"] == said["log_likelihoods"]
     with pytest.raises(ValueError, match="words 'A thing' must hold {caption}"):
         captions(lines, tmp_path, words="A thing")
 

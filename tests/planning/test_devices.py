@@ -4,6 +4,7 @@ import pytest
 
 from ringjax.planning import communication
 from ringjax.planning.devices import DEVICES, GIB, Target
+from ringjax.training.load import parse_config
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -70,6 +71,18 @@ def test_a_collective_crosses_with_each_byte_once_a_host():
     assert alone == pytest.approx(560e6 / 270e9)
     torus = communication._collective((1, 1, 1, 256), Target.parse("tpu:v5e:16x16"), ("sp",), 256e6)
     assert torus == pytest.approx(255e6 / 80e9)
+
+
+def test_a_sum_is_scattered_and_gathered():
+    """All-reduce: gradients over dp once a step; the stream over tp four times a layer, five where it is made again."""
+    text = "{model: {size: 1b, vision_vocab_size: 0, remat: %s}, data: {}, training: {seq_len: 8192, batch_size: 8}}"
+    target = Target.parse("h100:8")
+    for remat, sums in (("save_products", 4), ("full", 5)):
+        stage = parse_config(text % remat).stage_list[0]
+        found = communication._copies(stage, (8, 1, 1, 1), target)
+        assert found.exposed == pytest.approx(2 * 7 / 8 * 4 * stage.model.parameter_count() / 270e9)
+        found = communication._sums(stage, (1, 1, 8, 1), target)
+        assert found.exposed == pytest.approx(2 * 7 / 8 * sums * 8 * 8192 * stage.model.width * 2 / 270e9)
 
 
 def test_slices_are_joined_by_the_data_center_network():
