@@ -67,7 +67,7 @@ sources() { # the books of the configs, from where they are, and the documents o
     for name in pride_and_prejudice:1 sense_and_sensibility:1 mansfield_park:1 northanger_abbey:0.5 bible_kjv_old_testament:1.5; do
         list+="{path: $texts/${name%:*}.txt, weight: ${name#*:}}, "
     done
-    [ "$rows" = 0 ] || list+="{path: $output/recall_$rows.jsonl, weight: 2.5}, "
+    [ "$rows" = 0 ] || list+="{path: $output/recall_$rows.jsonl, weight: 6}, "
     echo "[${list%, }]"
 }
 
@@ -84,6 +84,8 @@ train() { # VARIANT
             [ -f "$output/recall_$rows.jsonl" ] || "$python" "$root/scripts/recall_documents.py" "$texts" \
                 "$output/recall_$rows.jsonl" --tokens $rows --tokenizer "$model" --without emma
             options+=(--stages.$stage.data.sources "$(sources $rows)")
+            # Shifted groups would cut most facts from their questions.
+            [[ $variant != lora* ]] || options+=(--stages.$stage.model.shifted_group null)
             stage=$((stage + 1))
         done
     else

@@ -30,6 +30,8 @@ _WORDS = (
     "amber birch copper delta ember falcon garnet harbour indigo juniper kestrel lantern maple nickel orchid pebble"
     " quartz raven saffron thistle umber velvet willow yarrow zephyr"
 )
+# Begin and end token, with room for one that the ends of fields may take.
+ENDS = 8
 FIRST, LAST, WORDS = _FIRST.split(), _LAST.split(), _WORDS.split()
 NUMBERED = ("locker code", "membership number", "account number", "ticket number", "room key", "invoice number")
 WORDED = ("passphrase", "call sign", "team name", "boat's name")
@@ -66,24 +68,30 @@ def document(
 ) -> dict[str, str]:
     """A line of jsonl of at most `tokens` tokens; `sizes` are those of a book's paragraphs."""
     made = facts(min(int(rng.integers(8, 25)), max(2, tokens // 200)), rng)
-    words = (f"{x['said']}\n\n\nQuestion: {x['asked']}\nAnswer: {x['value']}" for x in made)
-    taken = sum(len(tokenizer.encode(text)) + 8 for text in words)
-    room, start = tokens - taken - 16, int(rng.integers(len(paragraphs)))
-    kept: list[str] = []
+    asked, spec = {}, ["[context]"]
+    for number, place in enumerate(rng.permutation(len(made))):
+        asked[f"q{number}"] = f"\n\nQuestion: {made[place]['asked']}\nAnswer:"
+        asked[f"a{number}"] = f" {made[place]['value']}"
+        spec += [f"[q{number}]", f"a{number}"]
+    questions = sum(len(tokenizer.encode(text)) for text in asked.values())
+    room, start = tokens - questions - ENDS, int(rng.integers(len(paragraphs)))
+    kept, taken = [], 0
     for number in range(len(paragraphs)):  # from any place on, and around the end of the book
         place = (start + number) % len(paragraphs)
-        room -= sizes[place]
-        if room < 0:
+        if taken + sizes[place] > room:
             break
-        kept.append(paragraphs[place])
-    for fact in made:
-        kept.insert(int(rng.integers(len(kept) + 1)), fact["said"])
-    line, spec = {"context": "\n\n".join(kept)}, ["[context]"]
-    for number, place in enumerate(rng.permutation(len(made))):
-        line[f"q{number}"] = f"\n\nQuestion: {made[place]['asked']}\nAnswer:"
-        line[f"a{number}"] = f" {made[place]['value']}"
-        spec += [f"[q{number}]", f"a{number}"]
-    return {"fields": ",".join(spec), **line}
+        kept.append(place)
+        taken += sizes[place]
+    while True:  # what paragraphs and facts take together is known once they are joined: one too many is cut to pieces
+        parts = [paragraphs[place] for place in kept]
+        for fact in made:
+            parts.insert(int(rng.integers(len(parts) + 1)), fact["said"])
+        context = "\n\n".join(parts)
+        over = len(tokenizer.encode(context)) - room
+        if over <= 0 or not kept:
+            return {"fields": ",".join(spec), "context": context, **asked}
+        while over > 0 and kept:
+            over -= sizes[kept.pop()]
 
 
 def write(texts: Path, target: Path, tokens: int, total: int, spec: str, without: Sequence[str], seed: int) -> int:
@@ -112,7 +120,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path, help="a folder of books, one a .txt file")
     parser.add_argument("target", type=Path, help="the .jsonl to write")
     parser.add_argument("--tokens", type=int, required=True, help="of the longest documents: the length of a row")
-    parser.add_argument("--total", type=int, default=4_000_000, help="tokens of all documents together, about")
+    parser.add_argument("--total", type=int, default=8_000_000, help="tokens of all documents together, about")
     parser.add_argument("--tokenizer", required=True, help="as data.tokenizer of a config")
     parser.add_argument("--without", nargs="*", default=[], help="books to leave out, by name")
     parser.add_argument("--seed", type=int, default=0)
