@@ -82,7 +82,7 @@ train() { # VARIANT
         local rows stage=0
         for rows in 32768 131072; do
             [ -f "$output/recall_$rows.jsonl" ] || "$python" "$root/scripts/recall_documents.py" "$texts" \
-                "$output/recall_$rows.jsonl" --tokens $rows --tokenizer "$model" --without emma
+                "$output/recall_$rows.jsonl" --tokens $rows --tokenizer "$model" --without emma --chat 0.5
             options+=(--stages.$stage.data.sources "$(sources $rows)")
             # Shifted groups would cut most facts from their questions.
             [[ $variant != lora* ]] || options+=(--stages.$stage.model.shifted_group null)

@@ -3,20 +3,26 @@
     python scripts/recall_documents.py data/text recall.jsonl --tokens 32768 --tokenizer MODEL.gguf --without emma
 
 A document is an excerpt of a book with up to 24 sentences put between its paragraphs ("The locker code of Ruth Okafor
-is 40317."), and all of them asked in another order; only the answers bear loss. Two thirds are as long as a row, the
+is 40317."), and all of them asked in another order; only the answers bear loss. A share (`--chat`) is a conversation in
+the words of the model's chat template, so that it stays one that answers. Two thirds are as long as a row, the
 rest shorter by any factor down to 16, so that the distance varies. Wording, keys and values are other ones than those
 of the needle evaluation (cities and their "special magic numbers").
 """
 
 import argparse
+import dataclasses
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ringjax.data.fields import EOS
 from ringjax.data.tokenizers import TextTokenizer, load_tokenizer
+from ringjax.inference.chat_template import ChatTemplate
+from ringjax.interop.published import open_published
 
 _FIRST = (
     "Ruth Amir Ingrid Tomas Keiko Bruno Salma Pavel Linnea Oscar Yusuf Greta Mateo Priya Anton Noor Felix Mirela Hugo"
@@ -30,8 +36,9 @@ _WORDS = (
     "amber birch copper delta ember falcon garnet harbour indigo juniper kestrel lantern maple nickel orchid pebble"
     " quartz raven saffron thistle umber velvet willow yarrow zephyr"
 )
-# Begin and end token, with room for one that the ends of fields may take.
+# Begin and end token, with room for what the ends of fields may take.
 ENDS = 8
+CONTEXT = "@context@"
 FIRST, LAST, WORDS = _FIRST.split(), _LAST.split(), _WORDS.split()
 NUMBERED = ("locker code", "membership number", "account number", "ticket number", "room key", "invoice number")
 WORDED = ("passphrase", "call sign", "team name", "boat's name")
@@ -40,7 +47,7 @@ SAYINGS = (
     "It is written down that the {thing} of {person} is {value}.",
     "Let it be noted: for {person}, the {thing} is {value}.",
 )  # fmt: skip
-ASKED = ("What is the {thing} of {person}?", "Which {thing} does {person} have?", "{person}'s {thing} is?")
+ASKED = ("What is the {thing} of {person}?", "Which {thing} does {person} have?", "Tell me the {thing} of {person}.")
 
 
 def facts(count: int, rng: np.random.Generator) -> list[dict[str, str]]:
@@ -55,6 +62,7 @@ def facts(count: int, rng: np.random.Generator) -> list[dict[str, str]]:
         found[person, thing] = {
             "said": SAYINGS[rng.integers(len(SAYINGS))].format(**words),
             "asked": ASKED[rng.integers(len(ASKED))].format(**words), "value": value,
+            "answered": SAYINGS[0].format(**words),
         }  # fmt: skip
     return list(found.values())
 
@@ -63,18 +71,71 @@ def _number(rng: np.random.Generator) -> str:
     return "".join(str(digit) for digit in rng.integers(0, 10, rng.integers(4, 10)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A field of a line: a text, in which CONTEXT stands for the excerpt, or a special token by its name."""
+
+    text: str
+    loss: bool = False
+    special: bool = False
+
+
+def questions(made: Sequence[Mapping[str, str]], rng: np.random.Generator) -> list[Part]:
+    """The excerpt, and each fact asked as in a quiz."""
+    parts = [Part(CONTEXT)]
+    for fact in made:
+        parts += [Part(f"\n\nQuestion: {fact['asked']}\nAnswer:"), Part(f" {fact['value']}", loss=True)]
+    return parts
+
+
+def conversation(
+    made: Sequence[Mapping[str, str]], template: ChatTemplate, tokenizer: TextTokenizer, rng: np.random.Generator
+) -> list[Part]:
+    """The excerpt and the first question in one message, the other questions in the next, one or two facts in each."""
+    turns, rest = [], list(made)
+    while rest:
+        count = 2 if len(rest) > 1 and rng.random() < 0.3 else 1
+        facts, rest = rest[:count], rest[count:]
+        briefly = count == 1 and rng.random() < 0.4
+        answer = facts[0]["value"] if briefly else " ".join(fact["answered"] for fact in facts)
+        turns.append((" ".join(fact["asked"] for fact in facts), answer))
+    messages, texts = [], {}
+    for number, (question, answer) in enumerate(turns):
+        for role, name, text in (("user", f"@q{number}@", question), ("assistant", f"@a{number}@", answer)):
+            messages.append({"role": role, "content": name})
+            texts[name] = text
+    texts["@q0@"] = f"{CONTEXT} {texts['@q0@']}"
+    names = "|".join(re.escape(name) for name in tokenizer.specials)
+    pieces = [piece for piece in re.split(f"({names}|@[qa][0-9]+@)", template.render(messages)) if piece]
+    # Behind the last answer and the token that ends it, the template asks for one more.
+    pieces = pieces[: pieces.index(f"@a{len(turns) - 1}@") + 2]
+    parts: list[Part] = []
+    for piece in pieces:
+        if piece in tokenizer.specials:
+            parts.append(Part(piece, loss=bool(parts) and parts[-1].loss and not parts[-1].special, special=True))
+        elif piece.startswith("@a"):
+            parts.append(Part(texts[piece], loss=True))
+        elif parts and not parts[-1].special and not parts[-1].loss:
+            parts[-1] = Part(parts[-1].text + texts.get(piece, piece))
+        else:
+            parts.append(Part(texts.get(piece, piece)))
+    return parts
+
+
 def document(
-    paragraphs: Sequence[str], sizes: Sequence[int], tokens: int, tokenizer: TextTokenizer, rng: np.random.Generator
+    paragraphs: Sequence[str],
+    sizes: Sequence[int],
+    tokens: int,
+    tokenizer: TextTokenizer,
+    rng: np.random.Generator,
+    template: ChatTemplate | None = None,
 ) -> dict[str, str]:
     """A line of jsonl of at most `tokens` tokens; `sizes` are those of a book's paragraphs."""
     made = facts(min(int(rng.integers(8, 25)), max(2, tokens // 200)), rng)
-    asked, spec = {}, ["[context]"]
-    for number, place in enumerate(rng.permutation(len(made))):
-        asked[f"q{number}"] = f"\n\nQuestion: {made[place]['asked']}\nAnswer:"
-        asked[f"a{number}"] = f" {made[place]['value']}"
-        spec += [f"[q{number}]", f"a{number}"]
-    questions = sum(len(tokenizer.encode(text)) for text in asked.values())
-    room, start = tokens - questions - ENDS, int(rng.integers(len(paragraphs)))
+    order = [made[place] for place in rng.permutation(len(made))]
+    parts = questions(order, rng) if template is None else conversation(order, template, tokenizer, rng)
+    taken = sum(1 if part.special else len(tokenizer.encode(part.text)) for part in parts if CONTEXT not in part.text)
+    room, start = tokens - taken - ENDS, int(rng.integers(len(paragraphs)))
     kept, taken = [], 0
     for number in range(len(paragraphs)):  # from any place on, and around the end of the book
         place = (start + number) % len(paragraphs)
@@ -82,21 +143,42 @@ def document(
             break
         kept.append(place)
         taken += sizes[place]
-    while True:  # what paragraphs and facts take together is known once they are joined: one too many is cut to pieces
-        parts = [paragraphs[place] for place in kept]
+    while True:  # what an excerpt takes is known once it is joined; a document that is too long would be cut in two
+        excerpt = [paragraphs[place] for place in kept]
         for fact in made:
-            parts.insert(int(rng.integers(len(parts) + 1)), fact["said"])
-        context = "\n\n".join(parts)
-        over = len(tokenizer.encode(context)) - room
+            excerpt.insert(int(rng.integers(len(excerpt) + 1)), fact["said"])
+        line = _line(parts, "\n\n".join(excerpt), tokenizer)
+        over = len(tokenizer.encode(line["context"])) - room
         if over <= 0 or not kept:
-            return {"fields": ",".join(spec), "context": context, **asked}
+            return line
         while over > 0 and kept:
             over -= sizes[kept.pop()]
 
 
-def write(texts: Path, target: Path, tokens: int, total: int, spec: str, without: Sequence[str], seed: int) -> int:
+def _line(parts: Sequence[Part], excerpt: str, tokenizer: TextTokenizer) -> dict[str, str]:
+    line, spec = {"fields": ""}, []
+    for number, part in enumerate(parts):
+        name = part.text
+        if part.special:
+            if number == len(parts) - 1 and tokenizer.specials[name] == tokenizer.eos_id:
+                name = EOS
+        elif part.text.isspace():
+            name = json.dumps(part.text)
+        else:
+            name = "context" if CONTEXT in part.text else f"{'a' if part.loss else 'q'}{number}"
+            line[name] = part.text.replace(CONTEXT, excerpt)
+        spec.append(name if part.loss else f"[{name}]")
+    return {**line, "fields": ",".join(spec)}
+
+
+def write(
+    texts: Path, target: Path, tokens: int, total: int, spec: str, without: Sequence[str], seed: int, chat: float = 0
+) -> int:
     """The documents of a folder of books; gives how many there are. The file appears when it is whole."""
     tokenizer, rng = load_tokenizer(spec), np.random.default_rng(seed)
+    template = ChatTemplate.of(open_published(spec).settings) if chat else None
+    if chat and template is None:
+        raise SystemExit(f"{spec} has no chat template; without one there are no conversations (--chat 0)")
     files = sorted(file for file in texts.glob("*.txt") if file.stem not in without)
     if not files:
         raise SystemExit(f"{texts} holds no .txt files but {', '.join(without)}")
@@ -109,7 +191,9 @@ def write(texts: Path, target: Path, tokens: int, total: int, spec: str, without
         while left > 0:
             size = tokens if rng.random() < 2 / 3 else int(tokens / math.exp(rng.random() * math.log(16)))
             paragraphs, sizes = books[rng.integers(len(books))]
-            out.write(json.dumps(document(paragraphs, sizes, size, tokenizer, rng), ensure_ascii=False) + "\n")
+            form = template if rng.random() < chat else None
+            line = document(paragraphs, sizes, size, tokenizer, rng, form)
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
             left, count = left - size, count + 1
     unfinished.rename(target)
     return count
@@ -124,10 +208,15 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="as data.tokenizer of a config")
     parser.add_argument("--without", nargs="*", default=[], help="books to leave out, by name")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chat", type=float, default=0, help="share of them in the form of the model's chat template")
     given = parser.parse_args()
+    if not 0 <= given.chat <= 1:
+        parser.error(f"--chat {given.chat} is a share, 0 to 1")
     if given.tokens < 2048:
         parser.error(f"--tokens {given.tokens} must be at least 2048: 24 facts and their questions need room")
-    count = write(given.texts, given.target, given.tokens, given.total, given.tokenizer, given.without, given.seed)
+    count = write(
+        given.texts, given.target, given.tokens, given.total, given.tokenizer, given.without, given.seed, given.chat
+    )
     print(f"{given.target}: {count} documents")
 
 

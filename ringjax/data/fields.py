@@ -10,6 +10,7 @@ A line is a JSON object; a spec says which of its fields are strung together, an
     [a,b],c     as [a],[b],c                                                        on c only
     <|bos|>     the begin token                                                     as any field
     <|eos|>     the end token                                                       as any field
+    <|name|>    another special token that the tokenizer calls so                   as any field
     vision      <vision> codes </vision>, when the field holds a list of codes      on all of it
     "Draw"+a    words of the spec itself, in JSON's quotes, wherever a name may     as any field
                 stand: tokens of the text "Draw a"
@@ -72,10 +73,14 @@ class Field:
 
     @property
     def special(self) -> bool:
-        return self.names[0] in (BOS, EOS)
+        return _is_special(self.names[0])
 
     def __str__(self) -> str:
         return "+".join(self.names)
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("<|") and name.endswith("|>")
 
 
 def words(name: str) -> str | None:
@@ -146,8 +151,8 @@ def _names(part: str, spec: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in part.split("+"))
     if "" in names:
         raise ValueError(f"fields {spec!r}: a name is missing beside a comma, a + or a bracket")
-    if len(names) > 1 and (BOS in names or EOS in names):
-        raise ValueError(f"fields {spec!r}: {BOS} and {EOS} are tokens, not text; separate them by a comma")
+    if len(names) > 1 and any(map(_is_special, names)):
+        raise ValueError(f"fields {spec!r}: {BOS}, {EOS} and their like are tokens, not text; separate them by a comma")
     return names
 
 
@@ -215,8 +220,7 @@ class FieldEncoder:
 
     def _append(self, builder: "_Builder", row: Mapping, field: Field, place: str) -> None:
         if field.special:
-            ids = self.tokenizer.bos_id if field.names == (BOS,) else self.tokenizer.eos_id
-            return builder.text([ids], field.loss)
+            return builder.text([self._special(field.names[0], place)], field.loss)
         said = [words(name) for name in field.names]
         missing = [name for name, own in zip(field.names, said) if own is None and name not in row]
         if missing:
@@ -233,6 +237,14 @@ class FieldEncoder:
                 f"{place}: field {name!r} holds half of a surrogate pair, which is no character; take it out"
             )
         builder.text(self.tokenizer.encode(text), field.loss)
+
+    def _special(self, name: str, place: str) -> int:
+        if name in (BOS, EOS):
+            return self.tokenizer.bos_id if name == BOS else self.tokenizer.eos_id
+        if name not in self.tokenizer.specials:
+            has = ", ".join(sorted(self.tokenizer.specials)[:8]) or "none"
+            raise DataError(f"{place}: the tokenizer has no special token {name}; it has {has}")
+        return self.tokenizer.specials[name]
 
     def _append_vision(self, builder: "_Builder", value: object, loss: bool, place: str) -> None:
         frames = self.frames(value, place)

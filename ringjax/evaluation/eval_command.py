@@ -84,16 +84,19 @@ def _report(results: Results, title: str) -> str:
 def run_perplexity(config: PerplexityConfig, methods: Methods, haystack: Haystack, results: Results) -> None:
     """The losses of all rows that `results` do not hold yet."""
     # A run and the model that it began with are measured on the same tokens: rows begin as the tokenizer has texts
-    # begin, whatever the run's examples did.
-    bos_id = Vocabulary.of(dataclasses.replace(_opened(config), begins=None)).bos_id
-    rows = {length: cut_rows(haystack, length, config.rows, bos_id) for length in config.lengths}
+    # begin. A run whose examples began with a begin token all the same reads one where a text begins.
+    own = _opened(config)
+    bos_id, began = (Vocabulary.of(x).bos_id for x in (dataclasses.replace(own, begins=None), own))
+    read_first = began if bos_id is None else None
+    rows = {length: cut_rows(haystack, length, config.rows, bos_id, read_first) for length in config.lengths}
     todo = [(length, name) for length in config.lengths for name in config.method]
     done = sum(results.has(n, Cell("perplexity", t, None, i)) for t, n in todo for i in range(len(rows[t])))
     with EvalProgress(config.progress, sum(len(rows[length]) for length, _ in todo), done) as shown:
         for length, name in todo:
             cells = [(Cell("perplexity", length, None, i), row) for i, row in enumerate(rows[length])]
             cells = [(cell, row) for cell, row in cells if not results.has(name, cell)]
-            losses = Losses(methods.model_for(name, length), length, config.buckets) if cells else None
+            model = methods.model_for(name, length) if cells else None
+            losses = Losses(model, length, config.buckets, int(read_first is not None)) if cells else None
             for first in range(0, len(cells), losses.rows if losses else 1):
                 some = cells[first : first + losses.rows]
                 start = time.perf_counter()

@@ -29,17 +29,20 @@ from ringjax.training.loss import token_nll
 
 
 class Row(NamedTuple):
-    """A part of a document: `inputs` are read, `targets` follow each of them."""
+    """A part of a document: `inputs` are read, `targets` follow each of the last of them."""
 
     document: int
     inputs: Int[np.ndarray, " n"]
     targets: Int[np.ndarray, " n"]
 
 
-def cut_rows(haystack: Haystack, length: int, most: int, bos_id: int | None) -> list[Row]:
+def cut_rows(
+    haystack: Haystack, length: int, most: int, bos_id: int | None, read_first: int | None = None
+) -> list[Row]:
     """At most so many rows: whole ones of all documents first, then what is left at their ends.
 
-    With a begin token every row begins with it; without, the first token of a row is not predicted.
+    With a begin token every row begins with it; without, the first token of a row is not predicted. `read_first` is
+    read before the beginning of a document, and changes nothing of what is predicted.
     """
     whole, rest = [], []
     for document, ids in enumerate(haystack.documents):
@@ -47,7 +50,8 @@ def cut_rows(haystack: Haystack, length: int, most: int, bos_id: int | None) -> 
         while first < len(ids) and len(whole) < most:
             targets = ids[first : first + length]
             before = [bos_id] if bos_id is not None else ids[first - 1 : first]
-            row = Row(document, np.concatenate([before, targets[:-1]]).astype(np.int32), targets)
+            ahead = [read_first] if read_first is not None and first == 1 else []
+            row = Row(document, np.concatenate([ahead, before, targets[:-1]]).astype(np.int32), targets)
             (whole if len(targets) == length else rest).append(row)
             first += length
     rows = [*whole, *rest][:most]
@@ -57,12 +61,15 @@ def cut_rows(haystack: Haystack, length: int, most: int, bos_id: int | None) -> 
 
 
 class Losses:
-    """Sums of losses by position of a model, one compiled program a length."""
+    """Sums of losses by position of a model, one compiled program a length.
 
-    def __init__(self, model: TextModel, length: int, buckets: int):
+    Rows may have `ahead` more inputs than targets at most.
+    """
+
+    def __init__(self, model: TextModel, length: int, buckets: int, ahead: int = 0):
         self._parallel, self._buckets, self._size = model.parallel, buckets, length
         step = 2 * self._parallel.ring_size
-        self._length = -(-length // step) * step
+        self._length = -(-(length + ahead) // step) * step
         self._graph, params = nnx.split(model.model)
         placed = self._parallel.mesh is not None
         self._params = jax.device_put(params, self._parallel.param_shardings(params)) if placed else params
@@ -73,33 +80,35 @@ class Losses:
     def __call__(self, rows: Sequence[Row]) -> tuple[Float[np.ndarray, "B buckets"], Int[np.ndarray, "B buckets"]]:
         """The summed loss, and the number of tokens, of each bucket of at most `self.rows` rows."""
         inputs, targets = (np.zeros((self.rows, self._length), np.int32) for _ in range(2))
-        lengths = np.zeros(self.rows, np.int32)
-        for place, row in enumerate(rows):
-            inputs[place, : len(row.inputs)], targets[place, : len(row.targets)] = row.inputs, row.targets
-            lengths[place] = len(row.targets)
-        bucket = np.minimum(np.arange(self._length) * self._buckets // self._size, self._buckets - 1).astype(np.int32)
+        bucket = np.full((self.rows, self._length), self._buckets, np.int32)  # beyond all: no target
+        for number, row in enumerate(rows):
+            here = slice(len(row.inputs) - len(row.targets), len(row.inputs))
+            inputs[number, : len(row.inputs)], targets[number, here] = row.inputs, row.targets
+            places = np.arange(len(row.targets)) * self._buckets // self._size
+            bucket[number, here] = np.minimum(places, self._buckets - 1)
         sums = _bucket_sums(
-            self._params, inputs, targets, lengths, bucket, graph=self._graph, buckets=self._buckets,
-            chunk=self._chunk, parallel=self._parallel,
+            self._params, inputs, targets, bucket, graph=self._graph, buckets=self._buckets, chunk=self._chunk,
+            parallel=self._parallel,
         )  # fmt: skip
-        counts = np.stack([np.bincount(bucket[:n], minlength=self._buckets) for n in lengths[: len(rows)]])
+        counts = np.stack([np.bincount(x, minlength=self._buckets + 1)[:-1] for x in bucket[: len(rows)]])
         return distributed.fetch(sums).astype(np.float64)[: len(rows)], counts
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "buckets", "chunk", "parallel"))
 def _bucket_sums(
-    params, inputs, targets, lengths, bucket, *, graph, buckets: int, chunk: int, parallel: Parallel
+    params, inputs, targets, bucket, *, graph, buckets: int, chunk: int, parallel: Parallel
 ) -> Float[Array, "B buckets"]:
     model = nnx.merge(graph, params)
     order, ring_size = layouts.get(parallel.layout), parallel.ring_size
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
-    inputs, targets, positions = (order.permute(x, ring_size, axis=1) for x in (inputs, targets, positions))
+    inputs, targets, positions, bucket = (
+        order.permute(x, ring_size, axis=1) for x in (inputs, targets, positions, bucket)
+    )
     text = jnp.zeros(inputs.shape, bool)
-    active = positions < lengths[:, None]
     hidden = model.hidden(inputs, text, positions, parallel=parallel)
     heads = (model.head_kernel("text"), None)
-    nll = token_nll(heads, hidden, targets, text, active, parallel=parallel, chunk=chunk)
-    return jax.vmap(lambda losses, places: jax.ops.segment_sum(losses, places, buckets))(nll, bucket[positions])
+    nll = token_nll(heads, hidden, targets, text, bucket < buckets, parallel=parallel, chunk=chunk)
+    return jax.vmap(lambda losses, places: jax.ops.segment_sum(losses, places, buckets))(nll, bucket)
 
 
 def record(

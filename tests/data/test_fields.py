@@ -7,7 +7,8 @@ import pytest
 
 from ringjax.data.errors import DataError
 from ringjax.data.fields import FieldEncoder, choose, parse
-from ringjax.data.tokenizers import ByteTokenizer
+from ringjax.data.tokenizers import ByteTokenizer, load_tokenizer
+from tests.inference import published
 
 BOS, EOS = ByteTokenizer.bos_id, ByteTokenizer.eos_id
 
@@ -83,6 +84,18 @@ def test_special_tokens_stand_where_the_spec_says():
     assert loss_of(example) == [EOS, *text("you"), EOS]
 
 
+def test_special_tokens_by_their_own_names(tmp_path):
+    """A turn of a conversation: its marks are special tokens, the same characters in a text are not."""
+    tokenizer = load_tokenizer(str(published.write(tmp_path / "model")))
+    encoder = FieldEncoder(tokenizer, add_bos=False, add_eos=False)
+    example = encoder.encode({"a": "<|im_end|>"}, '[<|im_start|>,"user\\n"+a],<|im_end|>')
+    start, end = (tokenizer.specials[name] for name in ("<|im_start|>", "<|im_end|>"))
+    assert example.tokens.tolist() == [start, *tokenizer.encode("user\n <|im_end|>"), end]
+    assert example.loss.tolist() == [False] * (len(example) - 1) + [True]
+    with pytest.raises(DataError, match=r"line 3: the tokenizer has no special token <\|x\|>; it has <\|endoftext\|>"):
+        encoder.encode({"a": "b"}, "a,<|x|>", "line 3")
+
+
 def test_begin_and_end_are_never_doubled():
     example = encoder().encode({"a": "hi"}, "<|bos|>,a,<|eos|>")
     assert example.tokens.tolist() == [BOS, *text("hi"), EOS]
@@ -153,6 +166,7 @@ def test_a_lines_own_fields_come_first():
         ("[a,[b],c]", "do not pair"),
         ("[a]b,c", "do not pair"),
         ("a+<|eos|>", "are tokens, not text"),
+        ("<|im_start|>+a", "are tokens, not text"),
     ],
 )
 def test_faulty_specs_are_refused(spec, fault):

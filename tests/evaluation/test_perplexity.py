@@ -29,6 +29,9 @@ def test_rows_end_with_their_document():
     assert rows[4].inputs.tolist() == [104, 105] and [row.document for row in rows] == [0, 0, 1, 0, 1]
     begun = cut_rows(documents, 4, 2, 7)
     assert [row.inputs.tolist() for row in begun] == [[7, 0, 1, 2], [7, 4, 5, 6]] and begun[0].targets[0] == 0
+    ahead = cut_rows(documents, 4, 2, None, 7)
+    assert [row.inputs.tolist() for row in ahead] == [[7, 0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [row.targets.tolist() for row in ahead] == [[1, 2, 3, 4], [5, 6, 7, 8]]
     with pytest.raises(ValueError, match="no document of the haystack has two tokens"):
         cut_rows(Haystack((np.arange(1),)), 4, 2, None)
 
@@ -40,16 +43,16 @@ def plain(model, row, buckets, length):
         lambda tokens: model.text_logits(model.hidden(tokens, tokens < 0, jnp.arange(tokens.shape[1])[None]))
     )
     logs = jax.nn.log_softmax(read(inputs)[0], axis=-1)
-    nll = -np.asarray(logs)[np.arange(len(row.targets)), row.targets]
+    nll = -np.asarray(logs)[np.arange(len(row.targets)) + len(row.inputs) - len(row.targets), row.targets]
     which = np.arange(len(nll)) * buckets // length
     return np.array([nll[which == bucket].sum() for bucket in range(buckets)])
 
 
-@pytest.mark.parametrize("length, buckets", [(48, 6), (50, 7)])
-def test_the_plain_formula(form, length, buckets):
-    rows = cut_rows(small.haystack(form), length, 2, None)
+@pytest.mark.parametrize("length, buckets, read_first", [(48, 6, None), (50, 7, None), (48, 6, 3)])
+def test_the_plain_formula(form, length, buckets, read_first):
+    rows = cut_rows(small.haystack(form), length, 2, None, read_first)
     rows[1] = rows[1]._replace(inputs=rows[1].inputs[:30], targets=rows[1].targets[:30])
-    losses = Losses(form.model, length, buckets)
+    losses = Losses(form.model, length, buckets, len(rows[0].inputs) - length)
     for row in rows:
         sums, counts = losses([row])
         np.testing.assert_allclose(sums[0], plain(form.model.model, row, buckets, length), rtol=1e-5)

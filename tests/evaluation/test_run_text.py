@@ -20,7 +20,7 @@ CONFIG = """
 init_from: {folder}
 run_dir: {run}
 model: {{dtype: float32, vision_codes: 64, vision_vocab_size: 66}}
-data: {{sources: [{{path: "sample:prose"}}], vision_codes: 64, prefetch: 0}}
+data: {{sources: [{{path: "sample:prose"}}], vision_codes: 64, prefetch: 0, add_bos: false}}
 training: {{steps: 1, seq_len: 128, batch_size: 2}}
 optimizer: {{learning_rate: 1.0e-9}}
 mesh: {{shape: "1,1,1,8"}}
@@ -33,7 +33,7 @@ def pair(tmp_path_factory):
     """A published model, and a run that began with it, has tables of pictures and has learned nothing yet."""
     path = tmp_path_factory.mktemp("pair")
     folder = small.folder(path)
-    (path / "hay.txt").write_text(small.TEXT + " Crème brûlée “for two”.")
+    (path / "hay.txt").write_text("Crème brûlée “for two”. " + small.TEXT)
     run = train(parse_config(CONFIG.format(folder=folder, run=path / "run"), open_start=open_start), open_start)
     return folder, run, path / "hay.txt"
 
@@ -71,7 +71,7 @@ def test_results_of_earlier_versions_say_nothing_of_bytes():
     assert line.token_loss == 1 and line.character_loss is None and line.byte_bits is None
 
 
-def test_rows_of_a_run_do_not_begin_as_its_examples(tmp_path, monkeypatch):
+def test_a_run_reads_its_begin_token_where_a_text_begins(tmp_path, monkeypatch):
     """`<s>` in the middle of a text is nothing that the run has seen; the context is that of its rows."""
     assert TextModel.load(tiny_run(), dtype="float32").vocabulary.bos_id == 1
     config = PerplexityConfig(str(tiny_run()), output=str(tmp_path), lengths=(48,), rows=2, progress="none")
@@ -80,7 +80,8 @@ def test_rows_of_a_run_do_not_begin_as_its_examples(tmp_path, monkeypatch):
     monkeypatch.setattr(eval_command, "cut_rows", lambda *a: seen.extend(real(*a)) or seen)
     run_eval(config)
     assert 0 < records(tmp_path)[0]["loss"] < 10
-    assert all(row.inputs[0] != 1 for row in seen) and seen[1].inputs[0] == seen[0].targets[-1]
+    assert seen[0].inputs[0] == 1 and len(seen[0].inputs) == len(seen[0].targets) + 1
+    assert seen[1].inputs[0] == seen[0].targets[-1] and len(seen[1].inputs) == len(seen[1].targets)
     with pytest.raises(ValueError, match="length 65 is beyond the model's context of 64 tokens"):
         run_eval(PerplexityConfig(str(tiny_run()), output=str(tmp_path), lengths=(65,), progress="none"))
 

@@ -54,7 +54,7 @@ def _targets() -> list[Target]:
             "jsonl",
             seeds.jsonl,
             readers.read_jsonl,
-            words=("fields", "vision", "[a],b", '"', '"a"+b', "<|bos|>", "<|eos|>", "a+b", "[", "]"),
+            words=("fields", "vision", "[a],b", '"', '"a"+b', "<|bos|>", "<|eos|>", "<|x|>", "a+b", "[", "]"),
         ),
         Target("record", seeds.record, readers.read_record, finish=seals.finish_record),
         Target(

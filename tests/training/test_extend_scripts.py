@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from ringjax.data.config import DataConfig, SourceConfig
+from ringjax.data.fields import FieldEncoder
 from ringjax.data.loader import make_loader
 from ringjax.data.tokenizers import load_tokenizer
+from tests.inference import published
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -40,14 +42,52 @@ def test_every_answer_is_in_its_document(made):
     _, lines = made
     tokenizer = load_tokenizer("sample")
     for line in lines:
-        asked = [name for name in line if re.fullmatch(r"q\d+", name)]
+        names = line["fields"].split(",")
+        asked = names[1::2]
         assert 2 <= len(asked) <= 24 and "kept apart" not in line["context"]
-        for name in asked:
-            thing, value = line[name], line["a" + name[1:]].strip()
+        for question, answer in zip(asked, names[2::2], strict=True):
+            thing, value = line[question.strip("[]")], line[answer].strip()
             assert value in line["context"] and value not in thing
         text = "".join(line[name] for name in line if name != "fields")
         assert len(tokenizer.encode(text)) < 4096
         assert "magic" not in text  # not the needle's words
+
+
+@pytest.fixture(scope="module")
+def chats(made, tmp_path_factory):
+    """Conversations in the form of a model's template, for rows of 6,000 tokens."""
+    folder = published.write(tmp_path_factory.mktemp("chats") / "model")
+    target = folder.parent / "recall.jsonl"
+    count = script("recall_documents").write(made[0].parent, target, 6000, 60_000, str(folder), ["apart"], 2, chat=0.7)
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    talks = [line for line in lines if "<|im_start|>" in line["fields"]]
+    assert 5 <= len(talks) < len(lines) == count
+    return load_tokenizer(str(folder)), lines, talks
+
+
+def test_conversations_are_what_the_template_makes(chats):
+    tokenizer, lines, talks = chats
+    encoder = FieldEncoder(tokenizer, add_bos=False)
+    assert all(len(encoder.encode_line(line, None, 0, "line")) <= 6000 for line in lines)
+    ends = tokenizer.specials["<|im_end|>"]
+    for line in talks:
+        example = encoder.encode_line(line, None, 0, "line")
+        turns = np.split(example.tokens, np.flatnonzero(example.tokens == tokenizer.specials["<|im_start|>"]))[1:]
+        said = [tokenizer.decode(turn.tolist()).strip() for turn in turns]
+        messages = [dict(zip(("role", "content"), text.split("\n", 1))) for text in said]
+        assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
+        # What bears loss: the answers, each with the token that ends it.
+        learned = tokenizer.decode(example.tokens[example.loss].tolist())
+        assert learned == "".join(message["content"] for message in messages[1::2])
+        assert (example.tokens[example.loss] == ends).sum() + (tokenizer.eos_id != ends) == len(messages) // 2
+        context = messages[0]["content"]
+        assert all(value in context for message in messages[1::2] for value in re.findall(r"\d+", message["content"]))
+
+
+def test_conversations_need_a_template(made, tmp_path):
+    folder = published.write(tmp_path / "model", template=None)
+    with pytest.raises(SystemExit, match="has no chat template"):
+        script("recall_documents").write(made[0].parent, tmp_path / "x", 2048, 1, str(folder), [], 2, chat=0.5)
 
 
 def test_only_answers_bear_loss_and_nothing_is_cut(made):
@@ -58,7 +98,7 @@ def test_only_answers_bear_loss_and_nothing_is_cut(made):
     runs = np.split(batch["targets"][0], np.flatnonzero(np.diff(batch["loss_weights"][0] > 0)) + 1)
     marks = np.split(batch["loss_weights"][0] > 0, np.flatnonzero(np.diff(batch["loss_weights"][0] > 0)) + 1)
     learned = [tokenizer.decode(ids.tolist()) for ids, mark in zip(runs, marks) if mark[0]]
-    answers = {line[name] for line in lines for name in line if re.fullmatch(r"a\d+", name)}
+    answers = {text for line in lines for name, text in line.items() if re.fullmatch(r"a\d+", name)}
     assert len(learned) >= 2 and set(learned) <= answers
 
 
