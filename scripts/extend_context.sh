@@ -13,16 +13,16 @@
 #   OUTPUT/summary.md           all of it in one table
 #
 # Variants: full (configs/extend_135m.yaml), lora (configs/extend_135m_lora.yaml): books alone. full_recall and lora_recall
-# train on documents with facts in them too, which are asked at their end (scripts/recall_documents.py): other words and
-# other keys than the needles', but the same skill.
+# train on documents with facts in them too, half of all tokens, which are asked at their end (scripts/recall_documents.py):
+# other words and other keys than the needles', but the same skill. lora_recall attends to whole rows, not to groups.
 #
 # Every part goes on where it was stopped: run the same command again. In the environment: VARIANTS ("full lora"), PYTHON,
-# NEEDLES (questions a cell, 4), STEPS_32K and STEPS_128K (of training), OPTIONS (more of `ringjax train`), LENGTHS and
-# LONGEST (the row of perplexity) of the measurements, BEFORE= (empty: leave it out), and TOGETHER=1: measurements side by
-# side on one accelerator.
+# NEEDLES (questions a cell, 4), CHAT (share of conversations among the documents of facts, 0.5), STEPS_32K and STEPS_128K
+# (of training), OPTIONS (more of `ringjax train`), LENGTHS and LONGEST (the row of perplexity) of the measurements, BEFORE=
+# (empty: leave it out), and TOGETHER=1: measurements side by side on one accelerator.
 set -euo pipefail
 if [ $# -lt 1 ] || [ "$1" = -h ] || [ "$1" = --help ]; then
-    sed -n '2,25s/^# \{0,1\}//p' "$0"
+    sed -n '2,22s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 output=$1 model=${2:-SmolLM2-135M-Instruct.Q4_1.gguf} texts=${3:-data/text}
@@ -82,7 +82,7 @@ train() { # VARIANT
         local rows stage=0
         for rows in 32768 131072; do
             [ -f "$output/recall_$rows.jsonl" ] || "$python" "$root/scripts/recall_documents.py" "$texts" \
-                "$output/recall_$rows.jsonl" --tokens $rows --tokenizer "$model" --without emma --chat 0.5
+                "$output/recall_$rows.jsonl" --tokens $rows --tokenizer "$model" --without emma --chat "${CHAT:-0.5}"
             options+=(--stages.$stage.data.sources "$(sources $rows)")
             # Shifted groups would cut most facts from their questions.
             [[ $variant != lora* ]] || options+=(--stages.$stage.model.shifted_group null)
