@@ -3,11 +3,13 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,11 +34,13 @@ from ringjax.training.utilisation import mfu, peak_flops
 from ringjax.training.yaml_tree import ConfigError
 
 Batch = dict[str, jax.Array]
+Rows = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """Measured steps of a stage. Seconds; bytes on one device; `losses` of the first and the last step run."""
+    """Measured steps of a stage. Seconds and useful FLOPs of each; bytes on one device; `losses` of the first and the
+    last step run."""
 
     stage: str
     parameters: int
@@ -52,7 +56,7 @@ class TrainResult:
     choices: tuple[str, ...]
     compile_seconds: float
     seconds: tuple[float, ...]
-    flops: float
+    flops: tuple[float, ...]
     mfu: float | None
     losses: tuple[float, float]
     memory: dict[str, int]
@@ -75,12 +79,17 @@ class TrainResult:
         return self.used * self.tokens_per_second
 
     @property
+    def flops_per_second(self) -> float:
+        """Useful ones: the median over the steps, for rows that are not full are not all the same work."""
+        return _useful_rate(self.flops, self.seconds)
+
+    @property
     def good(self) -> bool:
         return all(math.isfinite(loss) for loss in self.losses)
 
     def plain(self) -> dict[str, Any]:
         derived = dict(median=self.median, min=min(self.seconds), max=max(self.seconds))
-        rates = dict(tokens_per_second=self.tokens_per_second, used_per_second=self.used_per_second)
+        rates = {name: getattr(self, name) for name in ("tokens_per_second", "used_per_second", "flops_per_second")}
         return {**dataclasses.asdict(self), **derived, **rates}
 
 
@@ -99,46 +108,61 @@ def run_train(run: RunConfig, config: TrainBench, say: Callable[[str], None]) ->
     parallel = Parallel(mesh, asked.layout, asked.strategy, asked.backend, host_size=asked.host_size)
     training = stage.training
     trainer = make_trainer(stage.model, stage.optimizer, parallel, steps=training.steps, start=0, lora=run.lora)
-    filled: list[float] = []
-    with _batches(run, stage, mesh, config.data, say, filled) as (data, batches):
-        batch = next(batches)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainer.abstract.params))
+    count = functools.partial(step_flops, stage, run.lora, parameters)
+    with _batches(run, stage, mesh, config.data, say, count) as (data, batches):
+        first = next(batches)
         with backend_choices() as choices:
             start = time.perf_counter()
-            step = trainer.step.lower(trainer.abstract, batch).compile()
+            step = trainer.step.lower(trainer.abstract, first.batch).compile()
             compile_seconds = time.perf_counter() - start
         memory = compiled_memory(step)
         say(f"compiled in {compile_seconds:.1f} s")
-        timed = _Steps(step, trainer.init(run.seed), batch, batches)
+        timed = _Steps(step, trainer.init(run.seed), first, batches)
         seconds = timed.run(config.warmup, config.steps)
         profile = None
         if config.profile:
             profile = profiled(config.profile, timed.step, step.as_text() or "", say, top=config.top)
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainer.abstract.params))
-    flops = step_flops(stage, run.lora, parameters)
+    measured = timed.fed[config.warmup :][: config.steps]
+    flops = tuple(fed.flops for fed in measured)
     devices = jax.devices()
     return TrainResult(
         stage.name, parameters, training.batch_size, training.seq_len, training.accumulation, dict(mesh.shape),
         stage.mesh.layout, stage.mesh.strategy, stage.model.remat, stage.model.dtype, data, tuple(choices),
         compile_seconds, tuple(seconds), flops,
-        mfu(flops, statistics.median(seconds), devices[0].device_kind, len(devices)), timed.losses(), memory,
-        peak_bytes(), profile, statistics.fmean(filled),
+        mfu(_useful_rate(flops, seconds), 1.0, devices[0].device_kind, len(devices)), timed.losses(), memory,
+        peak_bytes(), profile, statistics.fmean(fed.used for fed in measured),
     )  # fmt: skip
+
+
+def _useful_rate(flops: Sequence[float], seconds: Sequence[float]) -> float:
+    return statistics.median(done / took for done, took in zip(flops, seconds, strict=True))
+
+
+class _Fed(NamedTuple):
+    """A placed batch, the share of its slots that hold a token, and the useful FLOPs of a step on it."""
+
+    batch: Batch
+    used: float
+    flops: float
 
 
 class _Steps:
     """Steps one after the other, each dispatched while the one before runs, as the training loop does."""
 
-    def __init__(self, step, state, batch: Batch, batches: Iterator[Batch]):
-        self._step, self._state, self._batch, self._batches = step, state, batch, batches
+    def __init__(self, step, state, first: _Fed, batches: Iterator[_Fed]):
+        self._step, self._state, self._next, self._batches = step, state, first, batches
+        self.fed: list[_Fed] = []
         self._losses: list[jax.Array] = []
         # Simulated devices get no lead: programs that overlap wait for each other's threads.
         self._lag = 0 if is_simulated() else 1
 
     def step(self):
         """Dispatch a step and read the batch after it; gives what to wait for."""
-        self._state, metrics = self._step(self._state, self._batch)
+        self._state, metrics = self._step(self._state, self._next.batch)
         self._losses.append(metrics["loss"])
-        self._batch = next(self._batches)
+        self.fed.append(self._next._replace(batch={}))  # the arrays may go
+        self._next = next(self._batches)
         return metrics["loss"]
 
     def run(self, warmup: int, steps: int) -> list[float]:
@@ -195,9 +219,9 @@ def _stage(run: RunConfig, name: str | None) -> StageConfig:
 
 @contextlib.contextmanager
 def _batches(
-    run: RunConfig, stage: StageConfig, mesh, wanted: str, say: Callable[[str], None], filled: list[float]
+    run: RunConfig, stage: StageConfig, mesh, wanted: str, say: Callable[[str], None], count: Callable[[Rows], float]
 ):
-    """What the batches are, and an endless iterator of placed batches; `filled` gets the share of slots in use."""
+    """What the batches are, and an endless iterator of them; `count` gives the useful FLOPs of a batch's rows."""
     if wanted != "synthetic":
         try:
             check_data(dataclasses.replace(run, stages=(stage,)))
@@ -209,25 +233,24 @@ def _batches(
     if wanted == "synthetic":
         training = stage.training
         group = row_group(mesh, training.batch_size // training.accumulation)
-        batch = place_batch(synthetic(stage, mesh.shape["sp"], group), mesh, training.accumulation, group)
-        filled.append(1.0)
-        yield "random tokens, a document a row", iter(lambda: batch, None)
+        rows = synthetic(stage, mesh.shape["sp"], group)
+        batch = place_batch(rows, mesh, training.accumulation, group)
+        yield "random tokens, a document a row", itertools.repeat(_Fed(batch, 1.0, count(rows)))
         return
     with Feed(stage, mesh, run.seed) as feed:
-        yield "the config's own", _endless(feed, filled)
+        yield "the config's own", _endless(feed, count)
 
 
-def _endless(feed: Feed, filled: list[float]) -> Iterator[Batch]:
+def _endless(feed: Feed, count: Callable[[Rows], float]) -> Iterator[_Fed]:
     while True:
         try:
             rows = feed.next().rows
-            filled.append(float(np.mean(rows["behind"] >= 0)))
-            yield feed.place(rows)
+            yield _Fed(feed.place(rows), float(np.mean(rows["behind"] >= 0)), count(rows))
         except DataEnded as error:
             raise ConfigError(f"{error}, or give --bench.data synthetic") from None
 
 
-def synthetic(stage: StageConfig, ring_size: int, group: tuple[int, int]) -> dict[str, np.ndarray]:
+def synthetic(stage: StageConfig, ring_size: int, group: tuple[int, int]) -> Rows:
     """This process's rows of random text tokens, one document a row, in layout order."""
     training = stage.training
     rows, length = training.batch_size // group[1], training.seq_len
@@ -259,7 +282,7 @@ def lines(result: TrainResult, device_kind: str, devices: int) -> list[tuple[str
         ("step", f"{ms[0]:.1f} ms ({ms[1]:.1f} – {ms[2]:.1f}, {len(result.seconds)} steps)"),
         ("tokens/s", f"{result.tokens_per_second:,.0f} ({result.tokens_per_second / devices:,.0f} a device)"),
         ("MFU", "not known for this device" if result.mfu is None else f"{100 * result.mfu:.1f} %{known}"),
-        ("useful FLOP/s", f"{result.flops / result.median / devices / 1e12:.3g} TFLOP/s a device"),
+        ("useful FLOP/s", f"{result.flops_per_second / devices / 1e12:.3g} TFLOP/s a device"),
         ("peak memory", "not reported by this device" if result.peak_bytes is None else gib(result.peak_bytes)),
         ("compiled", f"{memory or 'not reported'} (a device), in {result.compile_seconds:.1f} s"),
         ("loss", f"{result.losses[0]:.4f} first, {result.losses[1]:.4f} last"),

@@ -14,10 +14,10 @@ import dataclasses
 
 from ringjax.planning import communication
 from ringjax.planning.devices import Target
-from ringjax.planning.flops import StepFlops, step_flops
+from ringjax.planning.flops import StepFlops, pairs_per_row, step_flops
 from ringjax.planning.memory import kept_bytes
 from ringjax.training.config import StageConfig
-from ringjax.training.utilisation import flops_per_row
+from ringjax.training.utilisation import useful_flops
 
 # Times that each array of a block goes through memory in a step, for norms, RoPE, SwiGLU, casts, residuals.
 PASSES = 7
@@ -95,7 +95,7 @@ def of_stage(stage: StageConfig, sizes: tuple[int, int, int, int], target: Targe
     elementwise = (PASSES * model.layers * tokens * _block_bytes(stage, sizes[2]) + OPTIMIZER_PASSES * state) / memory
     kept = model.layers * tokens * sizes[2] * kept_bytes(model, sizes[2])
     offload = model.remat == "offload"
-    row = flops_per_row(parameters, model.layers, model.heads * model.head_size, training.seq_len)
+    row = useful_flops(model, parameters, training.seq_len, pairs_per_row(training.seq_len, model.window))
     return StepTime(
         products=products * (FLOAT32_PRODUCTS[device.platform] if wide else 1),
         attention=attention,

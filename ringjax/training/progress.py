@@ -123,19 +123,21 @@ class _Speeds:
     """Speeds over the last steps: one step alone is measured between two looks at the devices, and jumps."""
 
     def __init__(self, steps: int):
-        self._seconds: collections.deque[float] = collections.deque(maxlen=max(1, steps))
+        self._steps: collections.deque[tuple[float, dict[str, float]]] = collections.deque(maxlen=max(1, steps))
 
     def restart(self) -> None:
         """A stage begins, whose steps take another time."""
-        self._seconds.clear()
+        self._steps.clear()
 
     def over_last(self, record: dict[str, Any]) -> dict[str, Any]:
         """The record with its speeds as means over the last steps; a step without a time counts for nothing."""
         if not record.get("seconds"):
             return record
-        self._seconds.append(record["seconds"])
-        share = record["seconds"] * len(self._seconds) / sum(self._seconds)
-        return record | {name: record[name] * share for name in _SPEEDS if record.get(name) is not None}
+        # What a step did differs as well, where rows are not full: sums over sums, not this step's over a mean time.
+        done = {name: record[name] * record["seconds"] for name in _SPEEDS if record.get(name) is not None}
+        self._steps.append((record["seconds"], done))
+        seconds = sum(seconds for seconds, _ in self._steps)
+        return record | {name: sum(done.get(name, 0.0) for _, done in self._steps) / seconds for name in done}
 
 
 class _TimeLeft:

@@ -103,7 +103,7 @@ class StageLoop:
             raise BadLoss(f"step {pending.step}: {problem}; stopped, nothing saved since, the batch is in {path}")
         record = {"step": pending.step, "stage": self.stage.name, "stage_step": pending.step - self.start, **metrics}
         if seconds:
-            record |= {"seconds": seconds, **self.task.speed(self.parameters, seconds)}
+            record |= {"seconds": seconds, **self.task.speed(self.parameters, seconds, pending.fed.rows)}
         record["time"] = time.time()
         if self.owner.writer is not None:
             self.owner.writer.write(record)

@@ -157,8 +157,8 @@ class Task(abc.ABC):
         """The metrics of a step for people; must hold "loss" and "grad_norm"."""
 
     @abc.abstractmethod
-    def speed(self, parameters: int, seconds: float) -> Measured:
-        """What a step that took `seconds` says of the speed."""
+    def speed(self, parameters: int, seconds: float, rows: dict[str, np.ndarray]) -> Measured:
+        """What a step on a batch with these rows of this process, which took `seconds`, says of the speed."""
 
     @abc.abstractmethod
     def describe(self, record: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
 """The transformer as the training loop sees it: tokens in, next-token loss out."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from ringjax.data.codes import agreed, tokenizer_fingerprint, vision_tokenizer_path
@@ -22,7 +23,7 @@ from ringjax.training.run_folder import CODES_OF, TOKENIZER, VISION_TOKENIZER
 from ringjax.training.start import OpenStart, Start, first_params, open_published
 from ringjax.training.step import Trainer, make_trainer, readable
 from ringjax.training.task import Measured, Task, TrainState
-from ringjax.training.utilisation import flops_per_row, mfu
+from ringjax.training.utilisation import flops_of, mfu
 
 
 class TransformerTask(Task):
@@ -105,9 +106,9 @@ class TransformerTask(Task):
     def readable(self, metrics: dict[str, float]) -> Measured:
         return readable(metrics)
 
-    def speed(self, parameters: int, seconds: float) -> Measured:
+    def speed(self, parameters: int, seconds: float, rows: Mapping[str, np.ndarray]) -> Measured:
         training, devices = self.stage.training, jax.devices()
-        flops = step_flops(self.stage, self.lora, parameters)
+        flops = step_flops(self.stage, self.lora, parameters, rows)
         return {
             "tokens_per_second": training.batch_size * training.seq_len / seconds,
             "mfu": mfu(flops, seconds, devices[0].device_kind, len(devices)),
@@ -121,10 +122,12 @@ class TransformerTask(Task):
         return f"held-out loss {words}"
 
 
-def step_flops(stage: StageConfig, lora: LoraConfig | None, trained: int) -> float:
-    """Useful FLOPs of a step that changes so many parameters."""
-    model, training = stage.model, stage.training
-    frozen = 0 if lora is None else model.parameter_count()
-    return training.batch_size * flops_per_row(
-        trained, model.layers, model.heads * model.head_size, training.seq_len, frozen=frozen, group=model.shifted_group
-    )
+def step_flops(stage: StageConfig, lora: LoraConfig | None, trained: int, rows: Mapping[str, np.ndarray]) -> float:
+    """Useful FLOPs of a step that changes so many parameters, counted on the host from this process's rows.
+
+    Rows of the batch that other processes load count as these do, so that no step waits for a sum: exact where a
+    process has all rows, right on average elsewhere, for the data is dealt to all alike.
+    """
+    frozen = 0 if lora is None else stage.model.parameter_count()
+    share = len(rows["behind"]) / stage.training.batch_size
+    return flops_of(rows, stage.model, trained, frozen=frozen) / share

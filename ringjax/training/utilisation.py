@@ -1,14 +1,26 @@
 """Model FLOP/s utilisation (MFU): useful FLOP/s of a training step over the peak of the devices.
 
-    FLOPs of a row = 6 · parameters · T + 6 · layers · (N·H) · T²
+    FLOPs of a batch = (6 · parameters + 4 · frozen) · tokens + 12 · layers · (N·H) · pairs
 
-6 a parameter and token: 2 forward, 4 backward. Attention: 4·N·H·T² forward for the two products, half of it under a
-causal mask, backward twice the forward: 6·N·H·T² a layer. Recomputation is not counted, nor is packing: a packed row
-counts as a full causal one, as it does elsewhere, so that numbers can be compared.
-Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
+6 a parameter and token: 2 forward, 4 backward, of which frozen parameters need 2. Attention: 4·N·H a (query, key) pair
+forward for the two products, backward twice that. Tokens are the slots that hold an example, and pairs those that the
+masks show: of a row of T tokens
+
+    one causal document     T·(T + 1)/2, so 6 · layers · (N·H) · T² as others count
+    packed documents        Σ n·(n + 1)/2 over their tokens n
+    padding                 none, and it is no token
+
+Recomputation is not counted. Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 """
 
 import re
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Int
+
+from ringjax.models.config import ModelConfig
+from ringjax.models.shifted import first_heads
 
 # Dense bfloat16 FLOP/s of one device of JAX, from the makers' data sheets.
 _PEAKS = (
@@ -56,16 +68,41 @@ def peak_bandwidth(device_kind: str) -> float | None:
     return next((peak for pattern, peak in _BANDWIDTHS if re.search(pattern, device_kind.lower())), None)
 
 
-def flops_per_row(
-    parameters: int, layers: int, width: int, seq_len: int, *, frozen: int = 0, group: int | None = None
-) -> float:
-    """Useful FLOPs of forward and backward for one row of `seq_len` tokens; `width` is heads · head size.
+def useful_flops(model: ModelConfig, parameters: int, tokens: float, pairs: float, *, frozen: int = 0) -> float:
+    """FLOPs of forward and backward for so many tokens and (query, key) pairs a head; `frozen` parameters have no
+    gradients of their own."""
+    width = model.heads * model.head_size
+    return (6.0 * parameters + 4.0 * frozen) * tokens + 12.0 * model.layers * width * pairs
 
-    `frozen` parameters have no gradients of their own: 4 a token, not 6. With `group`, attention is within so many
-    tokens (S²-Attn).
+
+def flops_of(batch: Mapping[str, np.ndarray], model: ModelConfig, parameters: int, *, frozen: int = 0) -> float:
+    """Useful FLOPs of forward and backward for rows that `ringjax.data.packing` made, in any layout."""
+    tokens = int(np.count_nonzero(batch["behind"] >= 0))
+    return useful_flops(model, parameters, tokens, visible_pairs(batch, model), frozen=frozen)
+
+
+def visible_pairs(batch: Mapping[str, np.ndarray], model: ModelConfig) -> float:
+    """The (query, key) pairs that a head of `model` sees in these rows, the mean over its heads where groups differ.
+
+    Counted from what each query sees behind and ahead: no mask is made, and the order of the slots plays no part.
     """
-    seen = seq_len if group is None else min(group, seq_len)
-    return (6.0 * parameters + 4.0 * frozen) * seq_len + 6.0 * layers * width * float(seq_len) * seen
+    behind, ahead, group = batch["behind"], batch["ahead"], model.shifted_group
+    if model.window is not None:
+        behind, ahead = np.minimum(behind, model.window - 1), np.minimum(ahead, model.window - 1)
+    if group is None:
+        return float(_pairs(behind, ahead))
+    first, _ = first_heads(model.heads, model.key_heads)
+    counted = 0
+    for heads, shift in ((first, 0), (model.heads - first, group // 2)):
+        # As `models.shifted.group_reach`, in numpy; no reach goes beyond its document, so short first groups are cut.
+        place = (batch["positions"] + shift) % group
+        counted += heads * _pairs(np.minimum(behind, place), np.minimum(ahead, group - 1 - place))
+    return counted / model.heads
+
+
+def _pairs(behind: Int[np.ndarray, "B T"], ahead: Int[np.ndarray, "B T"]) -> int:
+    """Σ behind + 1 + ahead over the queries; padding (−1, 0) adds nothing."""
+    return int(np.sum(behind + ahead + 1, dtype=np.int64))
 
 
 def mfu(flops: float, seconds: float, device_kind: str, device_count: int) -> float | None:

@@ -56,6 +56,22 @@ def test_losses_are_those_of_training(capsys, config, tmp_path):
     assert code == 0 and measured == pytest.approx(trained)
 
 
+def test_flops_are_those_of_the_steps_that_are_timed(capsys, config, tmp_path):
+    from ringjax.training.feed import Feed
+    from ringjax.training.load import load_config
+    from ringjax.training.mesh import make_mesh
+    from ringjax.training.transformer_task import step_flops
+
+    options = ["--bench.steps", "2", "--bench.warmup", "1", "--data.packing", "pad"]
+    code, _, _ = run(capsys, config, *options, "--bench.output", str(tmp_path))
+    found = json.loads((tmp_path / "results.json").read_text())["result"]["flops"]
+    loaded = load_config(config, overrides=[("data.packing", "pad")])
+    stage = loaded.stage_list[0]
+    with Feed(stage, make_mesh(stage.mesh.shape), loaded.seed) as feed:
+        flops = [step_flops(stage, None, stage.model.parameter_count(), feed.next().rows) for _ in range(4)]
+    assert code == 0 and flops[:2] != found == flops[1:3] != flops[2:]
+
+
 def test_random_tokens_stand_in_for_missing_data(capsys, config):
     options = ["--bench.steps", "1", "--bench.warmup", "1"]
     code, out, _ = run(capsys, config, *options, "--data.sources", "[{path: gone.jsonl}]")

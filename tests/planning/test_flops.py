@@ -7,14 +7,15 @@ import pytest
 
 from ringjax.models.sizes import SIZES, get_size
 from ringjax.planning import flops
-from ringjax.training.utilisation import flops_per_row
+from ringjax.training.utilisation import useful_flops
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_row_costs_what_mfu_counts(size):
-    shape, context = flops.Shape.of(size, get_size(size)), 2**17
-    row = flops_per_row(get_size(size).parameter_count(), shape.layers, shape.width, context)
-    assert flops.per_token(shape, context) * context == pytest.approx(row)
+    model, context = get_size(size), 2**17
+    row = useful_flops(model, model.parameter_count(), context, flops.pairs_per_row(context))
+    # T²/2 pairs here, with the diagonal there.
+    assert flops.per_token(flops.Shape.of(size, model), context) * context == pytest.approx(row, rel=1 / context)
 
 
 def test_a_context_costs_a_narrow_model_more_and_a_wide_one_less():

@@ -47,6 +47,16 @@ def test_speeds_are_means_over_the_last_steps():
     assert "  20k tok/s  MFU 5.0 %" in printed[0] and "  2k tok/s  MFU 0.5 %" in printed[1]
 
 
+def test_speeds_of_steps_that_are_not_the_same_work():
+    """Three padded steps and a full one, each as fast as its work is: MFU is that of all four, not of the last."""
+    stream = io.StringIO()
+    lines = PlainLines(every=4, stream=stream)
+    lines.start_stage("a", 0, 100)
+    for step, (took, mfu) in enumerate(((0.1, 0.1), (0.1, 0.1), (0.2, 0.1), (0.4, 0.4)), 1):
+        lines.step({**RECORD, "stage_step": step, "seconds": took, "tokens_per_second": 4000 / took, "mfu": mfu})
+    assert "  20k tok/s  MFU 25.0 %" in stream.getvalue().splitlines()[-1]
+
+
 def test_rich_display_shows_the_same_numbers():
     from rich.console import Console
 

@@ -133,7 +133,7 @@ class ImageTokenizerTask(Task):
             found |= dict.fromkeys(("adversarial_loss", "discriminator_loss", "adversarial_weight"))
         return found
 
-    def speed(self, parameters: int, seconds: float) -> Measured:
+    def speed(self, parameters: int, seconds: float, rows: dict[str, np.ndarray]) -> Measured:
         return {"pictures_per_second": self.stage.training.batch_size / seconds}
 
     def describe(self, record: dict[str, Any]) -> str:
