@@ -26,7 +26,7 @@ if [ $# -lt 1 ] || [ "$1" = -h ] || [ "$1" = --help ]; then
     exit 2
 fi
 output=$1 model=${2:-SmolLM2-135M-Instruct.Q4_1.gguf} texts=${3:-data/text}
-variants=${VARIANTS-full lora} needles=${NEEDLES:-4} together=${TOGETHER:-} python=${PYTHON:-python}
+variants=${VARIANTS-full lora} needles=${NEEDLES:-4} together=${TOGETHER:-} chat=${CHAT:-0.5} python=${PYTHON:-python}
 lengths=(${LENGTHS:-8000 16000 32000 64000 128000})
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
@@ -67,7 +67,7 @@ sources() { # the books of the configs, from where they are, and the documents o
     for name in pride_and_prejudice:1 sense_and_sensibility:1 mansfield_park:1 northanger_abbey:0.5 bible_kjv_old_testament:1.5; do
         list+="{path: $texts/${name%:*}.txt, weight: ${name#*:}}, "
     done
-    [ "$rows" = 0 ] || list+="{path: $output/recall_$rows.jsonl, weight: 6}, "
+    [ "$rows" = 0 ] || list+="{path: $output/recall_${rows}_$chat.jsonl, weight: 6}, "
     echo "[${list%, }]"
 }
 
@@ -81,8 +81,8 @@ train() { # VARIANT
     if [[ $variant == *recall ]]; then
         local rows stage=0
         for rows in 32768 131072; do
-            [ -f "$output/recall_$rows.jsonl" ] || "$python" "$root/scripts/recall_documents.py" "$texts" \
-                "$output/recall_$rows.jsonl" --tokens $rows --tokenizer "$model" --without emma --chat "${CHAT:-0.5}"
+            [ -f "$output/recall_${rows}_$chat.jsonl" ] || "$python" "$root/scripts/recall_documents.py" "$texts" \
+                "$output/recall_${rows}_$chat.jsonl" --tokens $rows --tokenizer "$model" --without emma --chat "$chat"
             options+=(--stages.$stage.data.sources "$(sources $rows)")
             # Shifted groups would cut most facts from their questions.
             [[ $variant != lora* ]] || options+=(--stages.$stage.model.shifted_group null)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ringjax.data.fields import EOS
+from ringjax.data.fields import BOS, EOS
 from ringjax.data.tokenizers import TextTokenizer, load_tokenizer
 from ringjax.inference.chat_template import ChatTemplate
 from ringjax.interop.published import open_published
@@ -36,7 +36,7 @@ _WORDS = (
     "amber birch copper delta ember falcon garnet harbour indigo juniper kestrel lantern maple nickel orchid pebble"
     " quartz raven saffron thistle umber velvet willow yarrow zephyr"
 )
-# Begin and end token, with room for what the ends of fields may take.
+# Begin and end token, and some to spare: fields are counted one by one.
 ENDS = 8
 CONTEXT = "@context@"
 FIRST, LAST, WORDS = _FIRST.split(), _LAST.split(), _WORDS.split()
@@ -80,7 +80,7 @@ class Part:
     special: bool = False
 
 
-def questions(made: Sequence[Mapping[str, str]], rng: np.random.Generator) -> list[Part]:
+def questions(made: Sequence[Mapping[str, str]]) -> list[Part]:
     """The excerpt, and each fact asked as in a quiz."""
     parts = [Part(CONTEXT)]
     for fact in made:
@@ -95,10 +95,10 @@ def conversation(
     turns, rest = [], list(made)
     while rest:
         count = 2 if len(rest) > 1 and rng.random() < 0.3 else 1
-        facts, rest = rest[:count], rest[count:]
+        asked, rest = rest[:count], rest[count:]
         briefly = count == 1 and rng.random() < 0.4
-        answer = facts[0]["value"] if briefly else " ".join(fact["answered"] for fact in facts)
-        turns.append((" ".join(fact["asked"] for fact in facts), answer))
+        answer = asked[0]["value"] if briefly else " ".join(fact["answered"] for fact in asked)
+        turns.append((" ".join(fact["asked"] for fact in asked), answer))
     messages, texts = [], {}
     for number, (question, answer) in enumerate(turns):
         for role, name, text in (("user", f"@q{number}@", question), ("assistant", f"@a{number}@", answer)):
@@ -107,12 +107,16 @@ def conversation(
     texts["@q0@"] = f"{CONTEXT} {texts['@q0@']}"
     names = "|".join(re.escape(name) for name in tokenizer.specials)
     pieces = [piece for piece in re.split(f"({names}|@[qa][0-9]+@)", template.render(messages)) if piece]
-    # Behind the last answer and the token that ends it, the template asks for one more.
-    pieces = pieces[: pieces.index(f"@a{len(turns) - 1}@") + 2]
+    last = pieces.index(f"@a{len(turns) - 1}@")  # and the token that ends it; then the template asks for one more
+    ends = (place for place in range(last, len(pieces)) if pieces[place] in tokenizer.specials)
+    pieces = pieces[: next(ends, last) + 1]
     parts: list[Part] = []
     for piece in pieces:
+        answered = bool(parts) and parts[-1].loss and not parts[-1].special
         if piece in tokenizer.specials:
-            parts.append(Part(piece, loss=bool(parts) and parts[-1].loss and not parts[-1].special, special=True))
+            parts.append(Part(_name(piece, tokenizer), loss=answered, special=True))
+        elif piece.isspace() and answered:  # before the token that ends the answer
+            parts.append(Part(piece, loss=True))
         elif piece.startswith("@a"):
             parts.append(Part(texts[piece], loss=True))
         elif parts and not parts[-1].special and not parts[-1].loss:
@@ -130,10 +134,10 @@ def document(
     rng: np.random.Generator,
     template: ChatTemplate | None = None,
 ) -> dict[str, str]:
-    """A line of jsonl of at most `tokens` tokens; `sizes` are those of a book's paragraphs."""
+    """A line of jsonl of at most `tokens` tokens, unless its facts alone take more; `sizes` are those of paragraphs."""
     made = facts(min(int(rng.integers(8, 25)), max(2, tokens // 200)), rng)
     order = [made[place] for place in rng.permutation(len(made))]
-    parts = questions(order, rng) if template is None else conversation(order, template, tokenizer, rng)
+    parts = questions(order) if template is None else conversation(order, template, tokenizer, rng)
     taken = sum(1 if part.special else len(tokenizer.encode(part.text)) for part in parts if CONTEXT not in part.text)
     room, start = tokens - taken - ENDS, int(rng.integers(len(paragraphs)))
     kept, taken = [], 0
@@ -147,7 +151,7 @@ def document(
         excerpt = [paragraphs[place] for place in kept]
         for fact in made:
             excerpt.insert(int(rng.integers(len(excerpt) + 1)), fact["said"])
-        line = _line(parts, "\n\n".join(excerpt), tokenizer)
+        line = _line(parts, "\n\n".join(excerpt))
         over = len(tokenizer.encode(line["context"])) - room
         if over <= 0 or not kept:
             return line
@@ -155,16 +159,20 @@ def document(
             over -= sizes[kept.pop()]
 
 
-def _line(parts: Sequence[Part], excerpt: str, tokenizer: TextTokenizer) -> dict[str, str]:
+def _name(special: str, tokenizer: TextTokenizer) -> str:
+    """A special token as `fields` have it. Leaves where they have no name for it."""
+    ids = {tokenizer.bos_id: BOS, tokenizer.eos_id: EOS}
+    name = ids.get(tokenizer.specials[special], special)
+    if not (name.startswith("<|") and name.endswith("|>")):
+        raise SystemExit(f"the chat template uses {special}, and only <|…|> can be named in fields; use --chat 0")
+    return name
+
+
+def _line(parts: Sequence[Part], excerpt: str) -> dict[str, str]:
     line, spec = {"fields": ""}, []
     for number, part in enumerate(parts):
-        name = part.text
-        if part.special:
-            if number == len(parts) - 1 and tokenizer.specials[name] == tokenizer.eos_id:
-                name = EOS
-        elif part.text.isspace():
-            name = json.dumps(part.text)
-        else:
+        name = json.dumps(part.text) if part.text.isspace() else part.text
+        if not part.special and name == part.text:
             name = "context" if CONTEXT in part.text else f"{'a' if part.loss else 'q'}{number}"
             line[name] = part.text.replace(CONTEXT, excerpt)
         spec.append(name if part.loss else f"[{name}]")

@@ -30,8 +30,8 @@ Vision, two frames of four codes (`codes_per_frame=4`, `vision_codes=8192`):
 `vision_codes` ends every frame but the last, `vision_codes + 1` the last; both are vision ids. The codes and their
 end marks have modality true; `<vision>` and `</vision>` are text.
 
-The begin token comes first, without loss, and the end token last, with loss, unless the spec itself begins with
-`<|bos|>` or ends with `<|eos|>`; nothing else is ever put in. A spec may be a list, or a line's own `fields` may
+The begin token comes first, without loss, and the end token last, with loss, unless the spec itself begins or
+ends with it; nothing else is ever put in. A spec may be a list, or a line's own `fields` may
 be one: then one is chosen, by the number of the line counted from 0, so that it is the same in every run:
 
     {"fields": ["[instruction],vision", "[vision],caption"], "vision": […], "instruction": …, "caption": …}
@@ -201,11 +201,11 @@ class FieldEncoder:
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
         builder = _Builder()
-        if self.add_bos and fields[0].names != (BOS,):
+        if self.add_bos and not self._is(fields[0], self.tokenizer.bos_id):
             builder.text([self.tokenizer.bos_id], loss=False)
         for field in fields:
             self._append(builder, row, field, place)
-        if self.add_eos and fields[-1].names != (EOS,):
+        if self.add_eos and not self._is(fields[-1], self.tokenizer.eos_id):
             builder.text([self.tokenizer.eos_id], loss=True)
         return builder.example()
 
@@ -237,6 +237,11 @@ class FieldEncoder:
                 f"{place}: field {name!r} holds half of a surrogate pair, which is no character; take it out"
             )
         builder.text(self.tokenizer.encode(text), field.loss)
+
+    def _is(self, field: Field, token: int) -> bool:
+        name = field.names[0]
+        own = {BOS: self.tokenizer.bos_id, EOS: self.tokenizer.eos_id}
+        return field.special and own.get(name, self.tokenizer.specials.get(name)) == token
 
     def _special(self, name: str, place: str) -> int:
         if name in (BOS, EOS):

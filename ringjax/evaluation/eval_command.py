@@ -83,11 +83,7 @@ def _report(results: Results, title: str) -> str:
 
 def run_perplexity(config: PerplexityConfig, methods: Methods, haystack: Haystack, results: Results) -> None:
     """The losses of all rows that `results` do not hold yet."""
-    # A run and the model that it began with are measured on the same tokens: rows begin as the tokenizer has texts
-    # begin. A run whose examples began with a begin token all the same reads one where a text begins.
-    own = _opened(config)
-    bos_id, began = (Vocabulary.of(x).bos_id for x in (dataclasses.replace(own, begins=None), own))
-    read_first = began if bos_id is None else None
+    bos_id, read_first = _begins(config)
     rows = {length: cut_rows(haystack, length, config.rows, bos_id, read_first) for length in config.lengths}
     todo = [(length, name) for length in config.lengths for name in config.method]
     done = sum(results.has(n, Cell("perplexity", t, None, i)) for t, n in todo for i in range(len(rows[t])))
@@ -147,6 +143,17 @@ def _task(config: QuestionConfig, model: TextModel, haystack: Haystack, texts: l
     )
 
 
+def _begins(config: EvalConfig) -> tuple[int | None, int | None]:
+    """The begin token of every row of perplexity, and the one that is only read, where a text begins.
+
+    A run and the model that it began with are measured on the same tokens: rows begin as the tokenizer has texts begin.
+    A run whose examples began with a begin token all the same reads one first.
+    """
+    own = _opened(config)
+    bos_id, began = (Vocabulary.of(x).bos_id for x in (dataclasses.replace(own, begins=None), own))
+    return bos_id, began if bos_id is None else None
+
+
 def _asked(config: EvalConfig, texts: list[str], model: TextModel) -> dict[str, Any]:
     """What decides the answers to the questions of a grid."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
@@ -158,6 +165,8 @@ def _asked(config: EvalConfig, texts: list[str], model: TextModel) -> dict[str, 
         asked["template"] = text_fingerprint([Path(template).read_text("utf-8")]) if is_file else template
     if isinstance(config, NeedleConfig) and config.needles > 1:
         asked["depths"] = config.depths  # the other needles lie at any of them
+    if isinstance(config, PerplexityConfig):
+        asked["read_first"] = _begins(config)[1]
     if isinstance(config, RulerConfig):
         asked["qa"] = None if config.qa is None else text_fingerprint([Path(config.qa).read_text("utf-8")])
     return asked

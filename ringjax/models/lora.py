@@ -116,6 +116,15 @@ def is_trained(path: Path, lora: LoraConfig) -> bool:
     return "low_rank" in path or any(part in also for part in path)
 
 
+def also_count(config: ModelConfig, lora: LoraConfig) -> int:
+    """How many of the model's own parameters `also` trains."""
+    counts = {
+        "norms": (2 * config.layers + 1) * config.width,
+        "embeddings": (config.vocab_size + config.vision_vocab_size) * config.width,
+    }
+    return sum(counts[kind] for kind in set(lora.also))
+
+
 def new_trained(config: ModelConfig, lora: LoraConfig, kept: dict[Path, Any], seed) -> Any:
     """What a run with new adapters trains, float32: the adapters, and the `kept` parameters that `also` names."""
     model = with_adapters(Transformer(config, nnx.Rngs(0)), lora, nnx.Rngs(params=jax.random.key(seed)))

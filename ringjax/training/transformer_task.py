@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ringjax.data.codes import agreed, tokenizer_fingerprint, vision_tokenizer_path
 from ringjax.data.sources import codes_of, open_sources
 from ringjax.data.tokenizers import load_tokenizer, tokenizer_files
-from ringjax.models.lora import LoraConfig
+from ringjax.models.lora import LoraConfig, also_count
 from ringjax.models.parallel import Parallel
 from ringjax.training import progress
 from ringjax.training.config import StageConfig
@@ -128,6 +128,6 @@ def step_flops(stage: StageConfig, lora: LoraConfig | None, trained: int, rows: 
     Rows of the batch that other processes load count as these do, so that no step waits for a sum: exact where a
     process has all rows, right on average elsewhere, for the data is dealt to all alike.
     """
-    frozen = 0 if lora is None else stage.model.parameter_count()
+    frozen = 0 if lora is None else stage.model.parameter_count() - also_count(stage.model, lora)
     share = len(rows["behind"]) / stage.training.batch_size
     return flops_of(rows, stage.model, trained, frozen=frozen) / share

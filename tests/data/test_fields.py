@@ -92,6 +92,8 @@ def test_special_tokens_by_their_own_names(tmp_path):
     start, end = (tokenizer.specials[name] for name in ("<|im_start|>", "<|im_end|>"))
     assert example.tokens.tolist() == [start, *tokenizer.encode("user\n <|im_end|>"), end]
     assert example.loss.tolist() == [False] * (len(example) - 1) + [True]
+    whole = FieldEncoder(tokenizer).encode({"a": "b"}, "<|endoftext|>,a,<|im_end|>")  # its begin and end: not doubled
+    assert whole.tokens.tolist() == [tokenizer.bos_id, *tokenizer.encode("b"), tokenizer.eos_id]
     with pytest.raises(DataError, match=r"line 3: the tokenizer has no special token <\|x\|>; it has <\|endoftext\|>"):
         encoder.encode({"a": "b"}, "a,<|x|>", "line 3")
 

@@ -82,6 +82,10 @@ def test_a_run_reads_its_begin_token_where_a_text_begins(tmp_path, monkeypatch):
     assert 0 < records(tmp_path)[0]["loss"] < 10
     assert seen[0].inputs[0] == 1 and len(seen[0].inputs) == len(seen[0].targets) + 1
     assert seen[1].inputs[0] == seen[0].targets[-1] and len(seen[1].inputs) == len(seen[1].targets)
+    results = tmp_path / "results.jsonl"
+    results.write_text(results.read_text().replace('"read_first": 1, ', "").replace(', "read_first": 1', ""))
+    with pytest.raises(ValueError, match="read_first"):  # of a version that read none
+        run_eval(config)
     with pytest.raises(ValueError, match="length 65 is beyond the model's context of 64 tokens"):
         run_eval(PerplexityConfig(str(tiny_run()), output=str(tmp_path), lengths=(65,), progress="none"))
 

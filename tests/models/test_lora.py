@@ -93,6 +93,8 @@ def test_what_is_trained(also):
     wanted |= {"h.attention_norm.kernel", "h.ffn_norm.kernel", "ln_f.kernel"} if "norms" in also else set()
     wanted |= {"wte.embedding", "vte.embedding"} if "embeddings" in also else set()
     assert names == wanted
+    own = sum(leaf.size for path, leaf in nnx.to_flat_state(trained) if "low_rank" not in path)
+    assert lora.also_count(cases.model().config, made) == own
     jax.tree.map(np.testing.assert_array_equal, lora.joined(trained, frozen), state)
 
 

@@ -12,6 +12,7 @@ from ringjax.data.config import DataConfig, SourceConfig
 from ringjax.data.fields import FieldEncoder
 from ringjax.data.loader import make_loader
 from ringjax.data.tokenizers import load_tokenizer
+from ringjax.inference.chat_template import ChatTemplate
 from tests.inference import published
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -88,6 +89,21 @@ def test_conversations_need_a_template(made, tmp_path):
     folder = published.write(tmp_path / "model", template=None)
     with pytest.raises(SystemExit, match="has no chat template"):
         script("recall_documents").write(made[0].parent, tmp_path / "x", 2048, 1, str(folder), [], 2, chat=0.5)
+
+
+def test_other_templates(made, tmp_path):
+    """LLaMA 2's: a space before the token that ends an answer; a special token that `fields` have no name for."""
+    llama = "{% for m in messages %}{% if m['role'] == 'user' %}" + "{{ '<|endoftext|>Q ' + m['content'] + ' A ' }}"
+    llama += "{% else %}{{ m['content'] + ' <|im_end|>' }}{% endif %}{% endfor %}"
+    recall, rng = script("recall_documents"), np.random.default_rng(3)
+    tokenizer = load_tokenizer(str(published.write(tmp_path / "model")))
+    facts = recall.facts(9, rng)
+    parts = recall.conversation(facts, ChatTemplate(llama), tokenizer, rng)
+    assert parts[0] == recall.Part("<|bos|>", special=True) and parts[-1] == recall.Part("<|eos|>", True, True)
+    assert [part.text for part in parts if part.loss][1::3] == [" "] * sum(part.text == "<|eos|>" for part in parts)
+    tokenizer.specials = {**tokenizer.specials, "[INST]": 77}
+    with pytest.raises(SystemExit, match=r"uses \[INST\], and only"):
+        recall.conversation(facts, ChatTemplate(llama.replace("Q ", "[INST] ")), tokenizer, rng)
 
 
 def test_only_answers_bear_loss_and_nothing_is_cut(made):

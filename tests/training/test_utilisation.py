@@ -128,6 +128,9 @@ def test_adapters_leave_the_model_frozen():
     rows = rows_of(ROWS[:2])
     whole, frozen = step_flops(STAGE, None, 100, rows), STAGE.model.parameter_count()
     assert step_flops(STAGE, LoraConfig(), 100, rows) == pytest.approx(whole + 4 * frozen * (20 + 28 + 17))
+    norms = (2 * STAGE.model.layers + 1) * STAGE.model.width  # counted among the 100 already
+    with_norms = step_flops(STAGE, LoraConfig(also=("norms",)), 100, rows)
+    assert with_norms == pytest.approx(whole + 4 * (frozen - norms) * (20 + 28 + 17))
 
 
 def test_a_run_logs_the_mfu_of_each_steps_own_batch(tmp_path, monkeypatch):
