@@ -216,15 +216,21 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="as data.tokenizer of a config")
     parser.add_argument("--without", nargs="*", default=[], help="books to leave out, by name")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--chat", type=float, default=0, help="share of them in the form of the model's chat template")
+    parser.add_argument(
+        "--chat", type=float, default=0,
+        help="share of them in the form of the chat template of --tokenizer, a model's folder or .gguf file",
+    )  # fmt: skip
     given = parser.parse_args()
     if not 0 <= given.chat <= 1:
-        parser.error(f"--chat {given.chat} is a share, 0 to 1")
+        parser.error(f"--chat {given.chat} must lie between 0 and 1: 0.5 makes half of the documents conversations")
     if given.tokens < 2048:
         parser.error(f"--tokens {given.tokens} must be at least 2048: 24 facts and their questions need room")
-    count = write(
-        given.texts, given.target, given.tokens, given.total, given.tokenizer, given.without, given.seed, given.chat
-    )
+    try:
+        count = write(
+            given.texts, given.target, given.tokens, given.total, given.tokenizer, given.without, given.seed, given.chat
+        )
+    except (ValueError, FileNotFoundError, NotImplementedError) as error:  # a tokenizer or model that is none
+        parser.error(str(error))
     print(f"{given.target}: {count} documents")
 
 

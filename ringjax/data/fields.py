@@ -201,11 +201,11 @@ class FieldEncoder:
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
         builder = _Builder()
-        if self.add_bos and not self._is(fields[0], self.tokenizer.bos_id):
+        if self.add_bos and self._special(fields[0]) != self.tokenizer.bos_id:
             builder.text([self.tokenizer.bos_id], loss=False)
         for field in fields:
             self._append(builder, row, field, place)
-        if self.add_eos and not self._is(fields[-1], self.tokenizer.eos_id):
+        if self.add_eos and self._special(fields[-1]) != self.tokenizer.eos_id:
             builder.text([self.tokenizer.eos_id], loss=True)
         return builder.example()
 
@@ -220,7 +220,11 @@ class FieldEncoder:
 
     def _append(self, builder: "_Builder", row: Mapping, field: Field, place: str) -> None:
         if field.special:
-            return builder.text([self._special(field.names[0], place)], field.loss)
+            token = self._special(field)
+            if token is None:
+                has = ", ".join(sorted(self.tokenizer.specials)[:8]) or "none"
+                raise DataError(f"{place}: the tokenizer has no special token {field}; it has {has}")
+            return builder.text([token], field.loss)
         said = [words(name) for name in field.names]
         missing = [name for name, own in zip(field.names, said) if own is None and name not in row]
         if missing:
@@ -238,18 +242,12 @@ class FieldEncoder:
             )
         builder.text(self.tokenizer.encode(text), field.loss)
 
-    def _is(self, field: Field, token: int) -> bool:
-        name = field.names[0]
-        own = {BOS: self.tokenizer.bos_id, EOS: self.tokenizer.eos_id}
-        return field.special and own.get(name, self.tokenizer.specials.get(name)) == token
-
-    def _special(self, name: str, place: str) -> int:
-        if name in (BOS, EOS):
-            return self.tokenizer.bos_id if name == BOS else self.tokenizer.eos_id
-        if name not in self.tokenizer.specials:
-            has = ", ".join(sorted(self.tokenizer.specials)[:8]) or "none"
-            raise DataError(f"{place}: the tokenizer has no special token {name}; it has {has}")
-        return self.tokenizer.specials[name]
+    def _special(self, field: Field) -> int | None:
+        """The id of a field that is a special token of this tokenizer; None for all others."""
+        if not field.special:
+            return None
+        named = {BOS: self.tokenizer.bos_id, EOS: self.tokenizer.eos_id}
+        return named.get(field.names[0], self.tokenizer.specials.get(field.names[0]))
 
     def _append_vision(self, builder: "_Builder", value: object, loss: bool, place: str) -> None:
         frames = self.frames(value, place)
