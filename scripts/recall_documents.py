@@ -48,20 +48,27 @@ SAYINGS = (
     "Let it be noted: for {person}, the {thing} is {value}.",
 )  # fmt: skip
 ASKED = ("What is the {thing} of {person}?", "Which {thing} does {person} have?", "Tell me the {thing} of {person}.")
+SEVERAL = (
+    "What are the {thing}s of {people}?", "Which {thing}s do {people} have?", "Tell me the {thing}s of {people}.",
+)  # fmt: skip
+TOGETHER = (0.6, 0.3, 0.1)  # how often one, two and three facts are asked in one message
 
 
 def facts(count: int, rng: np.random.Generator) -> list[dict[str, str]]:
-    """So many different pairs of a person and a thing, with what is said, asked and answered."""
+    """So many different pairs of a person and a thing, with what is said, asked and answered.
+
+    A document has few things, so that several people have the same.
+    """
+    numbered, worded = rng.permutation(NUMBERED)[: rng.integers(1, 4)].tolist(), WORDED[rng.integers(len(WORDED))]
     found: dict[tuple[str, str], dict[str, str]] = {}
     while len(found) < count:
         person = f"{FIRST[rng.integers(len(FIRST))]} {LAST[rng.integers(len(LAST))]}"
-        things = NUMBERED if rng.random() < 0.75 else WORDED
-        thing = things[rng.integers(len(things))]
-        value = " ".join(rng.choice(WORDS, 2, replace=False)) if things is WORDED else _number(rng)
+        thing = numbered[rng.integers(len(numbered))] if rng.random() < 0.75 else worded
+        value = " ".join(rng.choice(WORDS, 2, replace=False)) if thing == worded else _number(rng)
         words = {"person": person, "thing": thing, "value": value}
         found[person, thing] = {
-            "said": SAYINGS[rng.integers(len(SAYINGS))].format(**words),
-            "asked": ASKED[rng.integers(len(ASKED))].format(**words), "value": value,
+            **words, "said": SAYINGS[rng.integers(len(SAYINGS))].format(**words),
+            "asked": ASKED[rng.integers(len(ASKED))].format(**words),
             "answered": SAYINGS[0].format(**words),
         }  # fmt: skip
     return list(found.values())
@@ -88,17 +95,28 @@ def questions(made: Sequence[Mapping[str, str]]) -> list[Part]:
     return parts
 
 
+def asked_together(some: Sequence[Mapping[str, str]], rng: np.random.Generator) -> str:
+    """One sentence for the same thing of several people, else one a fact."""
+    if len(some) == 1 or len({fact["thing"] for fact in some}) > 1:
+        return " ".join(fact["asked"] for fact in some)
+    *others, last = (fact["person"] for fact in some)
+    people = f"{', '.join(others)} and {last}"
+    return SEVERAL[rng.integers(len(SEVERAL))].format(thing=some[0]["thing"], people=people)
+
+
 def conversation(
     made: Sequence[Mapping[str, str]], template: ChatTemplate, tokenizer: TextTokenizer, rng: np.random.Generator
 ) -> list[Part]:
-    """The excerpt and the first question in one message, the other questions in the next, one or two facts in each."""
+    """The excerpt and the first question in one message, the other questions in the next, up to three facts each."""
     turns, rest = [], list(made)
     while rest:
-        count = 2 if len(rest) > 1 and rng.random() < 0.3 else 1
-        asked, rest = rest[:count], rest[count:]
-        briefly = count == 1 and rng.random() < 0.4
-        answer = asked[0]["value"] if briefly else " ".join(fact["answered"] for fact in asked)
-        turns.append((" ".join(fact["asked"] for fact in asked), answer))
+        count = 1 + int(rng.choice(len(TOGETHER), p=TOGETHER))
+        same = [fact for fact in rest if fact["thing"] == rest[0]["thing"]]  # of several people, if there are any
+        some = (same + [fact for fact in rest if fact not in same])[:count]
+        rest = [fact for fact in rest if fact not in some]
+        briefly = len(some) == 1 and rng.random() < 0.4
+        answers = [fact["value" if briefly else "answered"] for fact in some]
+        turns.append((asked_together(some, rng), " ".join(answers)))
     messages, texts = [], {}
     for number, (question, answer) in enumerate(turns):
         for role, name, text in (("user", f"@q{number}@", question), ("assistant", f"@a{number}@", answer)):

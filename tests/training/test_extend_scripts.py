@@ -85,6 +85,22 @@ def test_conversations_are_what_the_template_makes(chats):
         assert all(value in context for message in messages[1::2] for value in re.findall(r"\d+", message["content"]))
 
 
+def test_several_facts_are_asked_in_one_message(chats):
+    _, _, talks = chats
+    together = 0
+    for line in talks:
+        names = [name.strip("[]") for name in line["fields"].split(",")]
+        fields = [(name[0], line[name]) for name in names if name in line and line[name] != "assistant\n"]
+        for (_, asked), (kind, answered) in zip(fields, fields[1:]):
+            question = asked.rpartition("\n")[2]
+            people = re.search(r"(?:the|Which) ([a-z' ]+)s (?:of|do) ([A-Z].+? and [A-Z][a-z]+ [A-Z][a-z]+)", question)
+            if kind == "a" and people:
+                named = re.split(", | and ", people[2])
+                assert re.findall(f"The {people[1]} of (.+?) is ", answered) == named
+                together += 1
+    assert together > len(talks)
+
+
 def test_conversations_need_a_template(made, tmp_path):
     folder = published.write(tmp_path / "model", template=None)
     with pytest.raises(SystemExit, match="has no chat template"):
