@@ -1,6 +1,8 @@
-"""The table of `scripts/extend_context.sh`: what each model finds at each length, before and after each stage.
+"""The tables of `scripts/extend_context.sh`: what each model finds at each length, before and after each stage.
 
     python scripts/extend_summary.py OUTPUT > OUTPUT/summary.md
+
+Beside them pictures, OUTPUT/digits.png, answers.png and multi.png (depth by length, a map a model) and perplexity.png.
 """
 
 import json
@@ -9,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ringjax.evaluation.pictures import draw_heat_map, draw_losses
+
 TITLES = {
     "digits": "One needle: every digit is the likeliest token",
     "answers": "One needle: the number is in the greedy answer",
@@ -16,11 +20,15 @@ TITLES = {
 }
 
 
-def evaluations(output: Path, task: str) -> Iterator[tuple[str, str, dict]]:
-    """Variant, stage and summary of each evaluation of this kind: before training first, then stage by stage."""
+def evaluations(output: Path, task: str) -> Iterator[tuple[str, str, Path]]:
+    """Variant, stage and folder of each evaluation of this kind: before training first, then stage by stage."""
     for file in sorted(output.glob(f"*/*{task}/summary.json"), key=_order):
         stage = file.parent.name.removesuffix(task).rstrip("_")
-        yield file.parts[-3], stage, json.loads(file.read_text())
+        yield file.parts[-3], stage, file.parent
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
 
 
 def _order(file: Path) -> tuple:
@@ -35,8 +43,8 @@ def title(variant: str, stage: str, method: str) -> str:
 def rows(output: Path, task: str) -> list[tuple[str, dict]]:
     """(model, {length: score})."""
     found = []
-    for variant, stage, summary in evaluations(output, task):
-        lines = summary["table"]
+    for variant, stage, folder in evaluations(output, task):
+        lines = summary(folder)["table"]
         for method in dict.fromkeys(line["method"] for line in lines):
             scores = {line["length"]: line["score"] for line in lines if line["method"] == method}
             found.append((title(variant, stage, method), scores))
@@ -54,8 +62,8 @@ def needles(output: Path, task: str) -> str:
 def perplexity(output: Path) -> str:
     """Loss by position, in eighths of the row."""
     body, length = [], 0
-    for variant, stage, summary in evaluations(output, "perplexity"):
-        for line in summary["loss_by_position"]:
+    for variant, stage, folder in evaluations(output, "perplexity"):
+        for line in summary(folder)["loss_by_position"]:
             losses, length = line["losses"], line["length"]
             pairs = [(a + b) / 2 for a, b in zip(losses[::2], losses[1::2])]
             body.append([title(variant, stage, line["method"]), *(f"{loss:.3f}" for loss in pairs)])
@@ -88,9 +96,24 @@ def trained(output: Path) -> str:
     return f"## Training\n\n{table(head, body)}" if body else ""
 
 
+def pictures(output: Path) -> list[Path]:
+    """Of each task one, with a map or a line for every model."""
+    drawn = []
+    for task in [*TITLES, "perplexity"]:
+        records = []
+        for variant, stage, folder in evaluations(output, task):
+            lines = (folder / "results.jsonl").read_text().splitlines()[1:]
+            records += [{**record, "method": title(variant, stage, record["method"])} for record in map(json.loads, lines)]
+        if records:
+            draw = draw_losses if task == "perplexity" else draw_heat_map
+            drawn.append(draw(output / f"{task}.png", records, TITLES.get(task, "Loss by position in Emma")))
+    return drawn
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
     parts = [trained(folder), *(needles(folder, task) for task in TITLES), perplexity(folder)]
     print("\n\n".join(part for part in parts if part))
+    pictures(folder)

@@ -25,7 +25,7 @@ class EvalConfig:
     stage: str | None = None
     """Of a run: the stage whose last checkpoint is asked; null: the last."""
     adapter: str | None = None
-    """A folder with a LoRA adapter in PEFT's form, merged into the model; null: none."""
+    """A folder with a LoRA adapter in PEFT's form, or `sample:smollm2-128k`, merged into the model; null: none."""
     output: str = "runs/eval"
     """Folder for results.jsonl, pictures and report; an evaluation that was interrupted goes on there."""
     lengths: tuple[int, ...] = (1024, 2048, 4096)

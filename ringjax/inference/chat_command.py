@@ -26,7 +26,7 @@ class ChatConfig(OnMesh):
     stage: str | None = None
     """Of a run: the stage whose last checkpoint is talked to; null: the last."""
     adapter: str | None = None
-    """A folder with a LoRA adapter in PEFT's form, merged into the model; null: none."""
+    """A folder with a LoRA adapter in PEFT's form, or `sample:smollm2-128k`, merged into the model; null: none."""
     system: str | None = None
     """What the model is told before the first turn; null: what its template says."""
     template: str | None = None

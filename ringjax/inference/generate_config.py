@@ -74,7 +74,8 @@ class GenerateConfig(OnMesh):
     stage: str | None = None
     """Runs: the stage whose last checkpoint writes; null: the last."""
     adapter: str | None = None
-    """Published models of text: a folder with a LoRA adapter in PEFT's form, merged into the model; null: none."""
+    """Published models of text: a folder with a LoRA adapter in PEFT's form, or `sample:smollm2-128k`, merged into the
+    model; null: none."""
     tokenizer: str | None = None
     """LWM streams, which have none: LLaMA's tokenizer.model, or a tokenizer.json."""
     rope_theta: float | None = None

@@ -55,6 +55,8 @@ class ConvertConfig:
     """Of a run: the stage whose last checkpoint is taken; null: the last."""
     adapter: bool = False
     """Of a run with `lora`: its adapters alone, as PEFT has them; false: merged into the model."""
+    base: str | None = None
+    """What the adapters are said to belong to, such as a model's name on a hub; null: the path that the run has."""
     scanned: bool = True
     """For an LWM stream: whether the layers are stacked, as LWM publishes them."""
 
@@ -137,7 +139,7 @@ def _check_options(config: ConvertConfig, source: Path, target: Path) -> None:
     used = {
         "dtype": not vqgan or source.suffix == VQGAN_SUFFIX, "shard_gib": folder, "text_only": not (vqgan or adapter),
         "heads": from_stream, "rope_theta": from_stream, "context": folder or adapter, "scanned": to_stream,
-        "stage": from_run, "adapter": from_run and not to_stream,
+        "stage": from_run, "adapter": from_run and not to_stream, "base": from_run and adapter,
     }  # fmt: skip
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, serves in used.items():
@@ -154,7 +156,7 @@ def _write_adapter(config: ConvertConfig, target: Path) -> str:
     found = Checkpoint.find(config.source, config.stage)
     if found.lora is None:
         raise ValueError(f"{config.source} trained the whole model and has no adapters; leave --adapter out")
-    model, base = found.adapted(), found.info["base"]["path"]
+    model, base = found.adapted(), config.base or found.info["base"]["path"]
     save_adapter(
         model, found.lora, target, base=base, context=config.context or found.stage.training.seq_len,
         base_config=found.base_config, dtype=config.dtype,

@@ -9,6 +9,8 @@
 The outputs of q and k change places as those of their kernels do (`names.py`): PEFT on the Hugging Face model of the
 same base gives the same logits. It has no place for RoPE's base, so a longer context is said in a file of our own; a
 person who uses the folder with PEFT sets `rope_theta` of the base's config to the same.
+
+`sample:smollm2-128k` travels with the package: SmolLM2-135M-Instruct with a context of 131,072 tokens.
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from ringjax.data import samples
 from ringjax.interop.names import Path as Names
 from ringjax.interop.names import Recipe, hf_recipes
 from ringjax.interop.published import Published, file_fingerprint
@@ -35,6 +38,7 @@ from ringjax.models.parallel import Parallel
 from ringjax.models.transformer import Transformer
 
 CONFIG, WEIGHTS, CHANGES = "adapter_config.json", "adapter_model.safetensors", "ringjax.json"
+SAMPLE = "sample:smollm2-128k"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 _MAX_RANK = 2**16
 # What the fields of adapter_config.json must be where they are there: anything else changes the maths.
@@ -70,7 +74,7 @@ class Adapter:
     def read(cls, folder: str | Path) -> "Adapter":
         """Raises FileNotFoundError where files are missing, ValueError for damaged ones, NotImplementedError for an
         adapter that does more than LoRA here."""
-        folder = Path(folder)
+        folder = samples.FOLDER / "smollm2_128k" if str(folder) == SAMPLE else Path(folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is no LoRA adapter in PEFT's form: it has no {name}")
