@@ -102,8 +102,8 @@ def pictures(output: Path) -> list[Path]:
     for task in [*TITLES, "perplexity"]:
         records = []
         for variant, stage, folder in evaluations(output, task):
-            lines = (folder / "results.jsonl").read_text().splitlines()[1:]
-            records += [{**record, "method": title(variant, stage, record["method"])} for record in map(json.loads, lines)]
+            for record in map(json.loads, (folder / "results.jsonl").read_text().splitlines()[1:]):
+                records.append({**record, "method": title(variant, stage, record["method"])})
         if records:
             draw = draw_losses if task == "perplexity" else draw_heat_map
             drawn.append(draw(output / f"{task}.png", records, TITLES.get(task, "Loss by position in Emma")))

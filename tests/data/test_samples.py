@@ -32,9 +32,11 @@ def test_every_file_is_recorded():
 
 def test_package_stays_small():
     sizes = {file: file.stat().st_size for file in samples.FOLDER.rglob("*") if file.is_file()}
-    model = {file: size for file, size in sizes.items() if "any_to_any" in file.parts}
-    assert sum(model.values()) <= 20e6
-    assert sum(sizes.values()) - sum(model.values()) <= 5e6
+    model, adapter = (
+        sum(size for file, size in sizes.items() if name in file.parts) for name in ("any_to_any", "smollm2_128k")
+    )
+    assert model <= 20e6 and adapter <= 10e6
+    assert sum(sizes.values()) - model - adapter <= 5e6
 
 
 def test_each_sample_from_elsewhere_has_a_notice():

@@ -11,10 +11,11 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from ringjax.interop.hf import load_hf
-from ringjax.interop.peft import CHANGES, CONFIG, WEIGHTS, Adapter, save_adapter
+from ringjax.interop.peft import CHANGES, CONFIG, SAMPLE, WEIGHTS, Adapter, save_adapter
 from ringjax.interop.runs import open_model
 from ringjax.models import lora
 from ringjax.models.lora import LoraConfig
+from ringjax.models.sizes import SIZES
 from tests.inference import published
 from tests.interop import families
 
@@ -68,6 +69,16 @@ def test_an_adapter_of_peft_gives_the_logits_of_its_formula(folder, tmp_path):
     found = logits(open_model(folder, adapter=path).load())
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
     assert np.abs(found - logits(load_hf(folder))).max() > 1
+
+
+def test_the_package_has_one_for_smollm2():
+    adapter = Adapter.read(SAMPLE)
+    made, tensors = adapter.params(SIZES["smollm2-135m"])
+    assert (made.rank, adapter.context, adapter.changes) == (16, 131_072, {"rope_theta": 4e6})
+    assert len(made.targets) == 7 and all(np.isfinite(tensor).all() and np.any(tensor) for tensor in tensors.values())
+    assert sum(file.stat().st_size for file in adapter.path.iterdir()) < 10_000_000
+    with pytest.raises(ValueError, match="does not fit"):
+        adapter.params(dataclasses.replace(SIZES["smollm2-135m"], layers=29))
 
 
 def test_what_is_written_is_what_was_read(folder, tmp_path):

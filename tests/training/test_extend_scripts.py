@@ -166,3 +166,15 @@ def test_the_table(tmp_path):
     assert "| full, after 32k | " + " | ".join(["3.000"] * 8) in summary.perplexity(tmp_path)
     assert "| full, 32k | 3 | 4 | 100 | 25.0 % |" in summary.trained(tmp_path)
     assert summary.needles(tmp_path, "multi") == ""
+
+
+def test_pictures_of_all_models_beside_each_other(tmp_path):
+    records = [{"method": "ntk", "length": length, "depth": depth, "part": "needle", "score": 1.0} for length in (8, 32)
+               for depth in (0.0, 50.0)]  # fmt: skip
+    for name in ("before/digits", "full/128k_digits"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "summary.json").write_text("{}")
+        lines = [{"format": 1}, *records]
+        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = script("extend_summary").pictures(tmp_path)
+    assert drawn == [tmp_path / "digits.png"] and drawn[0].stat().st_size > 10_000

@@ -143,8 +143,13 @@ def test_the_adapter_alone_gives_the_same_model(run, folder, tmp_path):
         assert np.abs(a - b).max() < 0.2 * np.abs(a - logits(open_published(folder).load())).max()
     fields = json.loads((tmp_path / "long" / "ringjax.json").read_text())
     assert fields == {"context": 128, "model": {"rope_theta": 5e4}}
-    with pytest.raises(ValueError, match="adapter True says nothing"):
-        run_convert(ConvertConfig(str(folder), str(tmp_path / "x"), adapter=True))
+    named = ConvertConfig(str(run), str(tmp_path / "named"), adapter=True, base="a/name")
+    assert "a LoRA adapter for a/name" in run_convert(named)
+    about = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("named", "long")]
+    assert [fields["base_model_name_or_path"] for fields in about] == ["a/name", str(folder)]
+    for wrong in (dict(source=str(folder), adapter=True), dict(source=str(run), base="a/name")):
+        with pytest.raises(ValueError, match="says nothing about"):
+            run_convert(ConvertConfig(target=str(tmp_path / "x"), **wrong))
     full = run_convert(ConvertConfig(str(run), str(tmp_path / "merged"), dtype="float32"))
     assert "a Hugging Face folder" in full
     merged = open_published(tmp_path / "merged")
