@@ -23,7 +23,7 @@ from ringjax.training.run_folder import CODES_OF, TOKENIZER, VISION_TOKENIZER
 from ringjax.training.start import OpenStart, Start, first_params, open_published
 from ringjax.training.step import Trainer, make_trainer, readable
 from ringjax.training.task import Measured, Task, TrainState
-from ringjax.training.utilisation import flops_of, mfu
+from ringjax.training.utilisation import flops_of, mfu, tokens_of
 
 
 class TransformerTask(Task):
@@ -107,10 +107,9 @@ class TransformerTask(Task):
         return readable(metrics)
 
     def speed(self, parameters: int, seconds: float, rows: Mapping[str, np.ndarray]) -> Measured:
-        training, devices = self.stage.training, jax.devices()
-        flops = step_flops(self.stage, self.lora, parameters, rows)
+        devices, flops = jax.devices(), step_flops(self.stage, self.lora, parameters, rows)
         return {
-            "tokens_per_second": training.batch_size * training.seq_len / seconds,
+            "tokens_per_second": tokens_of(rows) / _share(self.stage, rows) / seconds,
             "mfu": mfu(flops, seconds, devices[0].device_kind, len(devices)),
         }
 
@@ -123,11 +122,15 @@ class TransformerTask(Task):
 
 
 def step_flops(stage: StageConfig, lora: LoraConfig | None, trained: int, rows: Mapping[str, np.ndarray]) -> float:
-    """Useful FLOPs of a step that changes so many parameters, counted on the host from this process's rows.
-
-    Rows of the batch that other processes load count as these do, so that no step waits for a sum: exact where a
-    process has all rows, right on average elsewhere, for the data is dealt to all alike.
-    """
+    """Useful FLOPs of a step that changes so many parameters, counted on the host from this process's rows."""
     frozen = 0 if lora is None else stage.model.parameter_count() - also_count(stage.model, lora)
-    share = len(rows["behind"]) / stage.training.batch_size
-    return flops_of(rows, stage.model, trained, frozen=frozen) / share
+    return flops_of(rows, stage.model, trained, frozen=frozen) / _share(stage, rows)
+
+
+def _share(stage: StageConfig, rows: Mapping[str, np.ndarray]) -> float:
+    """How much of the batch this process's rows are.
+
+    Rows that other processes load count as these do, so that no step waits for a sum: exact where a process has all
+    rows, right on average elsewhere, for the data is dealt to all alike.
+    """
+    return len(rows["behind"]) / stage.training.batch_size

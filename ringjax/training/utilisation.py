@@ -77,8 +77,12 @@ def useful_flops(model: ModelConfig, parameters: int, tokens: float, pairs: floa
 
 def flops_of(batch: Mapping[str, np.ndarray], model: ModelConfig, parameters: int, *, frozen: int = 0) -> float:
     """Useful FLOPs of forward and backward for rows that `ringjax.data.packing` made, in any layout."""
-    tokens = int(np.count_nonzero(batch["behind"] >= 0))
-    return useful_flops(model, parameters, tokens, visible_pairs(batch, model), frozen=frozen)
+    return useful_flops(model, parameters, tokens_of(batch), visible_pairs(batch, model), frozen=frozen)
+
+
+def tokens_of(batch: Mapping[str, np.ndarray]) -> int:
+    """Slots of these rows that hold a token; the rest is padding."""
+    return int(np.count_nonzero(batch["behind"] >= 0))
 
 
 def visible_pairs(batch: Mapping[str, np.ndarray], model: ModelConfig) -> float:

@@ -115,13 +115,16 @@ def test_long_rows_do_not_overflow():
     assert visible_pairs(batch, MODEL) == length * (length + 1) / 2
 
 
-def test_mfu_of_padded_rows_is_less_than_of_packed_ones(monkeypatch):
+def test_padded_rows_are_slower_than_packed_ones(monkeypatch):
     """In the same time, by the share of what they hold; and rows that another process has count as one's own."""
     monkeypatch.setattr(utilisation, "_PEAKS", (("cpu", 1e9),))
     packed, padded = [((20, 28), ())] * 2, [((20,), ()), ((28,), ())]
     task = TransformerTask(STAGE)
-    used = [task.speed(1000, 0.5, rows_of(rows))["mfu"] for rows in (packed, padded, packed[:1])]
-    assert used[0] == pytest.approx(2 * used[1]) and used[2] == pytest.approx(used[0]) and used[1] > 0
+    found = [task.speed(1000, 0.5, rows_of(rows)) for rows in (packed, padded, packed[:1])]
+    for name in ("mfu", "tokens_per_second"):
+        used = [speed[name] for speed in found]
+        assert used[0] == pytest.approx(2 * used[1]) and used[2] == pytest.approx(used[0]) and used[1] > 0
+    assert found[0]["tokens_per_second"] == 2 * 48 / 0.5 * STAGE.training.batch_size / 2
 
 
 def test_adapters_leave_the_model_frozen():
