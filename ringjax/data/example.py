@@ -53,11 +53,12 @@ def require_usable(example: Example, place: str) -> Example:
 def frame_spans(example: Example, vision_codes: int) -> Int[np.ndarray, "frames 2"]:
     """Start and stop of every frame, its end mark included; a frame is cut off by a change of modality too."""
     vision = example.modality
-    end_mark = vision & (example.tokens >= vision_codes)
-    goes_on = vision[1:] & vision[:-1] & ~end_mark[:-1]  # token i + 1 is in the frame of token i
-    starts = vision & ~np.concatenate([[False], goes_on])
-    last = vision & ~np.concatenate([goes_on, [False]])
-    return np.stack([np.flatnonzero(starts), np.flatnonzero(last) + 1], axis=1)
+    # Token i + 1 is in the frame of token i.
+    goes_on = vision[1:] & vision[:-1] & (example.tokens[:-1] < vision_codes)
+    starts, last = vision.copy(), vision.copy()
+    starts[1:] &= ~goes_on
+    last[:-1] &= ~goes_on
+    return np.array([starts.nonzero()[0], last.nonzero()[0] + 1]).T
 
 
 def see_whole_frames(example: Example, vision_codes: int) -> Example:
@@ -66,7 +67,8 @@ def see_whole_frames(example: Example, vision_codes: int) -> Example:
     Frames that bear loss stay causal: a token that sees its own target learns to copy it.
     """
     ahead = np.zeros(len(example), np.int32)
-    for start, stop in frame_spans(example, vision_codes):
-        if not example.loss[start:stop].any():
-            ahead[start:stop] = np.arange(stop - start - 1, -1, -1)
-    return dataclasses.replace(example, ahead=ahead)
+    if np.count_nonzero(example.modality & ~example.loss):  # a frame without loss has some
+        for start, stop in frame_spans(example, vision_codes).tolist():
+            if not np.count_nonzero(example.loss[start:stop]):
+                ahead[start:stop] = np.arange(stop - start - 1, -1, -1)
+    return Example(example.tokens, example.modality, example.loss, ahead)

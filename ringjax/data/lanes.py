@@ -32,10 +32,10 @@ class Stream:
         epochs: int | None,
         skip_errors: bool,
         skipped: SkippedLines,
-        prepare: Callable[[Example, str, bool], list[Piece]],
+        prepare: Callable[[Example, int, bool], list[Piece]],
         is_dropped: Callable[[int], bool],
     ):
-        """`is_dropped`: whether an example of the stream loses its condition; `prepare` is told so."""
+        """`is_dropped`: whether an example of the stream loses its condition; `prepare` is told its index and that."""
         self._number, self._source, self._seed = number, source, seed
         self._skip_errors, self._skipped, self._prepare, self._is_dropped = skip_errors, skipped, prepare, is_dropped
         self._long: dict[tuple[int, bool], list[Piece]] = {}
@@ -44,9 +44,10 @@ class Stream:
         if seed is not None:
             order = order.seed(seed + number).shuffle()
         self._order = order.repeat(epochs, reseed_each_epoch=True)
+        self._length = len(self._order)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return self._length
 
     def pieces(self, index: int) -> list[Piece]:
         """The pieces of example `index` of the stream, as they lie in it; none where the line is skipped."""
@@ -54,7 +55,7 @@ class Stream:
         if (row, dropped) in self._long:
             return self._long[row, dropped]
         try:
-            pieces = self._prepare(self._source.read(row), self._source.place(row), dropped)
+            pieces = self._prepare(self._source.read(row), row, dropped)
         except DataError as error:
             if not self._skip_errors:
                 raise
@@ -95,7 +96,7 @@ class Lane:
         self._next_example = [0] * len(streams)  # of this lane, in each stream
         self._next_piece = [0] * len(streams)  # of that example, in reading order
         self._tokens = [0] * len(streams)
-        self._reading: list[tuple[int, list[Piece]] | None] = [None] * len(streams)
+        self._reading: list[list[Piece] | None] = [None] * len(streams)  # the pieces of that example, so ordered
         self._open: list[list[Piece]] = []
         self._fault: Exception | None = None
         self._rows = self._make_rows()
@@ -147,12 +148,12 @@ class Lane:
         A piece is given after the counts include it, so between any two pieces the counts say where to go on.
         """
         while True:
-            waiting = [s for s in range(len(self._streams)) if self._current(s)]
+            waiting = [s for s, reading in enumerate(self._reading) if reading or self._current(s)]
             if not waiting:
                 return
             s = min(waiting, key=self._share_used)
-            index, pieces = self._reading[s]
-            piece = pieces[self._streams[s].reading_order(index, len(pieces))[self._next_piece[s]]]
+            pieces = self._reading[s]
+            piece = pieces[self._next_piece[s]]
             self._tokens[s] += len(piece)
             self._next_piece[s] += 1
             if self._next_piece[s] == len(pieces):
@@ -163,7 +164,7 @@ class Lane:
         """Tokens taken of stream s for its weight; without weights, examples taken for its number of examples."""
         if self._weights is not None:
             return self._tokens[s] / self._weights[s]
-        return (self._next_example[s] + self._next_piece[s] / len(self._reading[s][1])) / self._streams[s].examples
+        return (self._next_example[s] + self._next_piece[s] / len(self._reading[s])) / self._streams[s].examples
 
     def _current(self, s: int) -> bool:
         """Have an example of stream s at hand; false at its end."""
@@ -174,7 +175,7 @@ class Lane:
                 return False
             pieces = self._located(s, index)
             if pieces:
-                self._reading[s] = (index, pieces)
+                self._reading[s] = [pieces[number] for number in stream.reading_order(index, len(pieces))]
                 break
             self._next_example[s] += 1
             unusable += 1

@@ -23,7 +23,7 @@ from ringjax.data.guidance import Unconditional, is_dropped
 from ringjax.data.lanes import Lane, Stream
 from ringjax.data.packing import Batch, Piece, assemble, cut
 from ringjax.data.prefetch import Prefetched
-from ringjax.data.sources import open_sources
+from ringjax.data.sources import Source, open_sources
 from ringjax.data.tokenizers import load_tokenizer
 
 STATE_FORMAT = 1
@@ -152,25 +152,25 @@ class _Batches(grain.IterDataset):
                 epochs=config.epochs if train else 1,
                 skip_errors=config.on_error == "skip",
                 skipped=self.skipped,
-                prepare=functools.partial(self._prepare, number),
+                prepare=functools.partial(self._prepare, number, source),
                 is_dropped=functools.partial(is_dropped, rate, seed, number),
             )
             for number, source in enumerate(sources)
         ]
         self.identity = _identity(config, chosen, sources, seq_len, batch_size, seed, split)
 
-    def _prepare(self, number: int, example: Example, place: str, dropped: bool) -> list[Piece]:
+    def _prepare(self, number: int, source: Source, example: Example, row: int, dropped: bool) -> list[Piece]:
         config = self.config
         if dropped:
             example = self._unconditional.of(example) or example
         if example.pairs > self.seq_len and config.long_examples != "split":
             message = (
-                f"{place}: {example.pairs + 1} tokens are more than a row of seq_len {self.seq_len} takes; "
+                f"{source.place(row)}: {example.pairs + 1} tokens are more than a row of seq_len {self.seq_len} takes; "
                 "use long_examples: split or skip, or longer rows"
             )
             if config.long_examples == "refuse":
                 raise ValueError(message)
-            self.skipped.add("too long", (number, place), message)
+            self.skipped.add("too long", (number, row), message)
             return []
         if config.bidirectional_frames:
             example = see_whole_frames(example, config.vision_codes)

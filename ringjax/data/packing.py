@@ -61,11 +61,11 @@ def cut(
 
     A cut inside a frame moves back to the frame's start, where that leaves a piece at all.
     """
-    edges = [0]
-    spans = frame_spans(example, vision_codes) if example.pairs > seq_len else None
-    while example.pairs - edges[-1] > seq_len:
+    edges, pairs = [0], example.pairs
+    spans = frame_spans(example, vision_codes) if pairs > seq_len else None
+    while pairs - edges[-1] > seq_len:
         edges.append(_before_frame(spans, edges[-1], edges[-1] + seq_len))
-    edges.append(example.pairs)
+    edges.append(pairs)
     pieces = len(edges) - 1
     weight = pieces / max(example.loss_tokens, 1) if weights == "example" else 1.0
     return [Piece(example, start, stop, weight) for start, stop in zip(edges[:-1], edges[1:])]
@@ -90,34 +90,47 @@ def assemble(rows: Iterable[Iterable[Piece]], batch_size: int, seq_len: int, *, 
     Raises:
         ValueError: a row's pieces have more than `seq_len` pairs, or there are more than `batch_size` rows.
     """
-    batch = empty_batch(batch_size, seq_len)
-    for row, pieces in enumerate(rows):
+    batch, filled, pieces = empty_batch(batch_size, seq_len), np.zeros(batch_size, int), []
+    for row, given in enumerate(rows):
         if row >= batch_size:
             raise ValueError(f"more than batch_size {batch_size} rows")
-        at = 0
-        for piece in pieces:
-            if at + len(piece) > seq_len:
-                raise ValueError(f"row {row} holds more than seq_len {seq_len} tokens; cut the examples first")
-            _write(batch, row, at, piece, window)
-            at += len(piece)
+        in_row = list(given)
+        filled[row] = _filled(in_row)
+        if filled[row] > seq_len:
+            raise ValueError(f"row {row} holds more than seq_len {seq_len} tokens; cut the examples first")
+        pieces += in_row
+    if pieces:
+        here = np.arange(seq_len) < filled[:, None]
+        for name, joined in _join(pieces, window).items():
+            batch[name][here] = joined
     return batch
 
 
-def _write(batch: Batch, row: int, at: int, piece: Piece, window: int | None) -> None:
-    example, here = piece.example, np.s_[row, at : at + len(piece)]
-    source, target = np.s_[piece.start : piece.stop], np.s_[piece.start + 1 : piece.stop + 1]
-    position = np.arange(len(piece), dtype=np.int32)
+def _join(pieces: list[Piece], window: int | None) -> Batch:
+    """The arrays of a batch for the pieces laid end to end; for all at once, as most are short and a batch has many."""
+    lengths = np.array([len(piece) for piece in pieces])
+    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     furthest = np.iinfo(np.int32).max if window is None else window - 1
-    batch["tokens"][here] = example.tokens[source]
-    batch["modality"][here] = example.modality[source]
-    batch["targets"][here] = example.tokens[target]
-    batch["target_modality"][here] = example.modality[target]
-    batch["loss_weights"][here] = example.loss[target] * np.float32(piece.weight)
-    batch["positions"][here] = position
-    batch["behind"][here] = np.minimum(position, furthest)
-    if example.ahead is not None:
+    sources = [(piece.example, slice(piece.start, piece.stop)) for piece in pieces]
+    targets = [(piece.example, slice(piece.start + 1, piece.stop + 1)) for piece in pieces]
+    loss = np.concatenate([example.loss[target] for example, target in targets])
+    ahead = np.concatenate([_ahead(example)[source] for example, source in sources])
+    left = np.repeat(lengths, lengths) - 1 - position
+    return {
+        "tokens": np.concatenate([example.tokens[source] for example, source in sources]),
+        "modality": np.concatenate([example.modality[source] for example, source in sources]),
+        "targets": np.concatenate([example.tokens[target] for example, target in targets]),
+        "target_modality": np.concatenate([example.modality[target] for example, target in targets]),
+        "loss_weights": loss * np.repeat(np.array([piece.weight for piece in pieces], np.float32), lengths),
+        "positions": position,
+        "behind": np.minimum(position, furthest),
         # A token must not see beyond its piece: what follows in the row is another example.
-        batch["ahead"][here] = np.minimum(example.ahead[source], np.minimum(len(piece) - 1 - position, furthest))
+        "ahead": np.minimum(ahead, np.minimum(left, furthest)),
+    }
+
+
+def _ahead(example: Example) -> np.ndarray:
+    return np.zeros(len(example), np.int32) if example.ahead is None else example.ahead
 
 
 def first_fit(
@@ -128,23 +141,27 @@ def first_fit(
     `open_rows` is the half-filled pack: it is changed in place, and what is left in it when `pieces` ends is given
     fullest first. Between two rows it is the whole state.
     """
+    filled = [_filled(row) for row in open_rows]  # kept beside the rows, as counting anew takes longer than reading
     for piece in pieces:
-        fitting = [row for row in open_rows if _filled(row) + len(piece) <= seq_len]
+        size = len(piece)
+        fitting = [tokens for tokens in filled if tokens + size <= seq_len]
         if fitting:
-            row = max(fitting, key=_filled)
+            row = filled.index(max(fitting))
         else:
-            row = []
-            open_rows.append(row)
-        row.append(piece)
-        done = row if _filled(row) == seq_len else max(open_rows, key=_filled) if len(open_rows) > most_open else None
-        if done is not None:
-            # By identity: two rows may hold equal pieces.
-            open_rows[:] = [other for other in open_rows if other is not done]
-            yield done
+            row = len(open_rows)
+            open_rows.append([])
+            filled.append(0)
+        open_rows[row].append(piece)
+        filled[row] += size
+        full = filled[row] == seq_len
+        if full or len(open_rows) > most_open:
+            done = row if full else filled.index(max(filled))
+            del filled[done]
+            yield open_rows.pop(done)
     while open_rows:
-        done = max(open_rows, key=_filled)
-        open_rows[:] = [other for other in open_rows if other is not done]
-        yield done
+        done = filled.index(max(filled))
+        del filled[done]
+        yield open_rows.pop(done)
 
 
 def _filled(row: list[Piece]) -> int:

@@ -64,15 +64,12 @@ def decode_record(record: bytes, place: str) -> Example:
     wanted = _HEADER.size + 4 * n + 2 * bits + _CHECKSUM.size
     if len(record) != wanted:
         raise DataError(f"{place}: {len(record)} bytes instead of the {wanted} of {n} tokens; the record is cut")
-    body, (checksum,) = record[: -_CHECKSUM.size], _CHECKSUM.unpack_from(record, wanted - _CHECKSUM.size)
-    if zlib.crc32(body) != checksum:
+    (checksum,) = _CHECKSUM.unpack_from(record, wanted - _CHECKSUM.size)
+    if zlib.crc32(record[: -_CHECKSUM.size]) != checksum:
         raise DataError(f"{place}: the checksum does not fit; the record is garbled")
-    at = _HEADER.size + 4 * n
-    return Example(
-        tokens=np.frombuffer(body, "<i4", n, _HEADER.size).astype(np.int32),
-        modality=np.unpackbits(np.frombuffer(body, np.uint8, bits, at), count=n).astype(bool),
-        loss=np.unpackbits(np.frombuffer(body, np.uint8, bits, at + bits), count=n).astype(bool),
-    )
+    tokens = np.frombuffer(record, "<i4", n, _HEADER.size).astype(np.int32)
+    flags = np.unpackbits(np.frombuffer(record, np.uint8, 2 * bits, _HEADER.size + 4 * n)).view(bool)
+    return Example(tokens, modality=flags[:n], loss=flags[8 * bits :][:n])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +131,12 @@ class RecordReader:
 
     def __getitem__(self, index: int) -> Example:
         shard, record = self._locate(index)
+        place = f"{self._names[shard]} record {record}"
         try:
             (raw,) = self._readers[shard].read([record])
         except (RuntimeError, ValueError, IndexError) as error:
-            raise DataError(f"{self.place(index)}: cannot be read ({error}); copy or make the data set again") from None
-        return decode_record(raw, self.place(index))
+            raise DataError(f"{place}: cannot be read ({error}); copy or make the data set again") from None
+        return decode_record(raw, place)
 
     def verify(self) -> None:
         """Read all shards and compare them with the recorded SHA-256. Raises DataError that names the first bad one."""
@@ -169,8 +167,8 @@ class RecordSource:
     def __init__(self, source: SourceConfig, config: DataConfig, tokenizer: TextTokenizer):
         self._reader = RecordReader(source.path)
         _check_origin(self._reader.meta, source, config, tokenizer)
-        self.name, self._vision_codes = source.path, config.vision_codes
-        self._vocab_size = tokenizer.vocab_size
+        self.name = source.path
+        self._table_sizes = np.array([tokenizer.vocab_size, config.vision_codes + 2])  # of text, of vision
         meta = self._reader.meta
         self.codes_of = meta.get("vision_tokenizer_fingerprint") if meta.get("has_vision") else None
         self.fingerprint = hashlib.sha256((self._reader.folder / META).read_bytes()).hexdigest()
@@ -183,8 +181,8 @@ class RecordSource:
 
     def read(self, index: int) -> Example:
         example = require_usable(self._reader[index], self.place(index))
-        limits = np.where(example.modality, self._vision_codes + 2, self._vocab_size)
-        wrong = np.flatnonzero((example.tokens < 0) | (example.tokens >= limits))
+        limits = self._table_sizes.take(example.modality)
+        wrong = (example.tokens.view(np.uint32) >= limits).nonzero()[0]  # a negative id is a huge one
         if len(wrong):
             raise DataError(
                 f"{self.place(index)}: token {wrong[0]} has id {example.tokens[wrong[0]]}, beyond its table of "
