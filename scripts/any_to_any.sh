@@ -14,12 +14,12 @@
 #                                 what is held out
 #   runs/NAME                     the model
 #   runs/NAME/released            --small: the folder that `ringjax generate` takes, and the package ships
-#   runs/NAME/gallery.png …       captions that it learned, drawn; gallery_unseen.png: held-out ones, also recognised among
-#                                 ten; a needle in a video, perplexity
+#   runs/NAME/gallery.png …       captions that it learned, drawn; gallery_unseen.png: held-out ones, also recognised
+#                                 among ten; perplexity, a needle in a video
 #
 # RINGJAX is the command (ringjax), PYTHON its interpreter (python), VARIANTS how differently a picture is seen (16).
 set -euo pipefail
-if [ $# -lt 2 ]; then sed -n '2,23s/^# \{0,1\}//p' "$0"; exit 2; fi
+if [ $# -lt 2 ]; then sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 2; fi
 ringjax=${RINGJAX:-ringjax} python=${PYTHON:-python}
 given=$(realpath "$1") small='' name=any_to_any vqgan=vqgan_128 variants=${VARIANTS:-16}
 if [ "$2" = --small ]; then
@@ -117,18 +117,20 @@ say "asking it about what it has never seen"
 unseen=("$run" --data "$images" "$videos" --split heldout)
 "$ringjax" eval captions "${unseen[@]}" --output "$run/captions"
 "$ringjax" eval drawings "${unseen[@]}" --count "${DRAWINGS:-100}" --output "$run/drawings"
-"$ringjax" eval gallery "${unseen[@]}" --output "$run/gallery_unseen.png"
-"$ringjax" eval gallery "$run" --data "$images" "$videos" --split train --temperature 0.3 --guidance 2 \
-    --output "$run/gallery.png"
+for split in heldout train; do
+    [ $split = train ] && picture=gallery || picture=gallery_unseen
+    "$ringjax" eval gallery "$run" --data "$images" "$videos" --split $split --temperature 0.3 --guidance 2 \
+        --output "$run/$picture.png"
+done
 if [ -z "$small" ]; then
-    for split in heldout train; do
-        "$ringjax" eval video_needle "$run" --data "$videos" --split $split --haystack "$videos" --haystack_split train \
-            --lengths 8192 32768 --choices 8 --output "$run/video_needle_$split"
-    done
     for which in before after; do
         [ "$which" = before ] && asked=$tokenizer || asked=$run
         "$ringjax" eval perplexity "$asked" --haystack "$out/heldout_prose.jsonl" --repeat_haystack true --lengths 2048 \
             --rows 64 --output "$run/perplexity_$which"
+    done
+    for split in heldout train; do
+        "$ringjax" eval video_needle "$run" --data "$videos" --split $split --haystack "$videos" --haystack_split train \
+            --lengths 8192 32768 --choices 8 --output "$run/video_needle_$split"
     done
 fi
 say "done: $run/gallery_unseen.png, and report.html in $run/captions and beside it"

@@ -10,7 +10,7 @@
 #       digits       one needle, 8,000 to 128,000 tokens, 5 depths, by likelihood
 #       answers      the same, greedy answers in a conversation      multi   4 needles in and 2 asked, by greedy answers
 #       perplexity   loss by position in Emma, to 128K tokens
-#   OUTPUT/summary.md           all of it in one table
+#   OUTPUT/summary.md           all of it in one table; digits.png, answers.png, multi.png, perplexity.png
 #
 # Variants: full (configs/extend_135m.yaml), lora (configs/extend_135m_lora.yaml): books alone. full_recall and lora_recall
 # train on documents with facts in them too, half of all tokens, which are asked at their end (scripts/recall_documents.py):

@@ -5,6 +5,7 @@
 Beside them pictures, OUTPUT/digits.png, answers.png and multi.png (depth by length, a map a model) and perplexity.png.
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ringjax.evaluation.pictures import draw_heat_map, draw_losses
+from ringjax.json_text import parse_json
+from ringjax.training.metrics import read_metrics
 
 TITLES = {
     "digits": "One needle: every digit is the likeliest token",
@@ -80,8 +83,9 @@ def trained(output: Path) -> str:
     """What training took, by stage."""
     body = []
     for file in sorted(output.glob("*/run/metrics.jsonl")):
-        steps = [record for record in map(json.loads, file.read_text().splitlines()) if "stage_step" in record]
+        steps = [record for record in read_metrics(file) if "stage_step" in record]
         for stage in dict.fromkeys(record["stage"] for record in steps):
+            all_losses = [record["loss"] for record in steps if record["stage"] == stage]
             some = [record for record in steps if record["stage"] == stage and "tokens_per_second" in record]
             if not some:
                 continue
@@ -89,11 +93,19 @@ def trained(output: Path) -> str:
             seconds, speed = sum(record["seconds"] for record in some), speeds[len(speeds) // 2]
             used = [record["mfu"] for record in some if record.get("mfu")]
             mfu = f"{100 * sorted(used)[len(used) // 2]:.1f} %" if used else "–"
-            losses = f"{some[0]['loss']:.3f} → {sum(r['loss'] for r in some[-5:]) / len(some[-5:]):.3f}"
-            row = [f"{file.parts[-3]}, {stage}", str(len(some) + 1), f"{seconds:.0f}", f"{speed:,.0f}", mfu, losses]
+            losses = " → ".join(f"{sum(part) / len(part):.3f}" for part in (all_losses[:10], all_losses[-10:]))
+            row = [f"{file.parts[-3]}, {stage}", str(len(all_losses)), f"{seconds:.0f}", f"{speed:,.0f}", mfu, losses]
             body.append(row)
-    head = ["stage", "steps", "seconds", "tokens/s", "MFU", "loss"]
+    head = ["stage", "steps", "seconds", "tokens/s", "MFU", "loss of the first and last ten steps"]
     return f"## Training\n\n{table(head, body)}" if body else ""
+
+
+def answers(folder: Path) -> Iterator[dict]:
+    """The records of an evaluation, without what an answer that is being written has of a line."""
+    file = folder / "results.jsonl"
+    for line in file.read_text("utf-8").split("\n")[1:] if file.is_file() else ():
+        with contextlib.suppress(ValueError):
+            yield parse_json(line)
 
 
 def pictures(output: Path) -> list[Path]:
@@ -102,7 +114,7 @@ def pictures(output: Path) -> list[Path]:
     for task in [*TITLES, "perplexity"]:
         records = []
         for variant, stage, folder in evaluations(output, task):
-            for record in map(json.loads, (folder / "results.jsonl").read_text().splitlines()[1:]):
+            for record in answers(folder):
                 records.append({**record, "method": title(variant, stage, record["method"])})
         if records:
             draw = draw_losses if task == "perplexity" else draw_heat_map

@@ -41,7 +41,7 @@ def label(overrides: Overrides) -> str:
 
 def rows(results: Sequence[tuple[str, "TrainResult"]]) -> list[list[str]]:
     """The columns of each variant; tokens are those that are no padding."""
-    first = results[0][1].used_per_second
+    first = results[0][1].tokens_per_second
     found = []
     for name, result in results:
         ms = [1e3 * seconds for seconds in (result.median, min(result.seconds), max(result.seconds))]
@@ -49,7 +49,7 @@ def rows(results: Sequence[tuple[str, "TrainResult"]]) -> list[list[str]]:
         found.append(
             [
                 name, f"{ms[0]:.1f} ({ms[1]:.1f}–{ms[2]:.1f})", f"{100 * result.used:.1f} %",
-                f"{result.used_per_second:,.0f}", f"{100 * result.used_per_second / first:.0f} %",
+                f"{result.tokens_per_second:,.0f}", f"{100 * result.tokens_per_second / first:.0f} %",
                 "–" if result.mfu is None else f"{100 * result.mfu:.1f} %", f"{temporary / 2**30:.2f} GiB",
             ]
         )  # fmt: skip

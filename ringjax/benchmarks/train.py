@@ -71,12 +71,8 @@ class TrainResult:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.rows * self.tokens / self.median
-
-    @property
-    def used_per_second(self) -> float:
-        """Tokens a second that are no padding."""
-        return self.used * self.tokens_per_second
+        """Without padding, as in training."""
+        return self.used * self.rows * self.tokens / self.median
 
     @property
     def flops_per_second(self) -> float:
@@ -89,7 +85,7 @@ class TrainResult:
 
     def plain(self) -> dict[str, Any]:
         derived = dict(median=self.median, min=min(self.seconds), max=max(self.seconds))
-        rates = {name: getattr(self, name) for name in ("tokens_per_second", "used_per_second", "flops_per_second")}
+        rates = {name: getattr(self, name) for name in ("tokens_per_second", "flops_per_second")}
         return {**dataclasses.asdict(self), **derived, **rates}
 
 

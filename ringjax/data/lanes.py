@@ -35,7 +35,7 @@ class Stream:
         prepare: Callable[[Example, int, bool], list[Piece]],
         is_dropped: Callable[[int], bool],
     ):
-        """`is_dropped`: whether an example of the stream loses its condition; `prepare` is told its index and that."""
+        """`is_dropped`: whether an example of the stream loses its condition; `prepare` is told that, and its row."""
         self._number, self._source, self._seed = number, source, seed
         self._skip_errors, self._skipped, self._prepare, self._is_dropped = skip_errors, skipped, prepare, is_dropped
         self._long: dict[tuple[int, bool], list[Piece]] = {}

@@ -24,7 +24,7 @@ WORDS = (
 CLIP = "full moon face"
 FRAMES, COLUMNS = 16, 6
 DRAWING = Sampling(temperature=0.7, top_k=100, guidance=2.5, seed=0)
-# Sixteen frames follow from the first, so what goes wrong there stays: colder.
+# Colder: what goes wrong in the first of sixteen frames stays in all of them.
 FILMING = Sampling(temperature=0.3, guidance=2.0, seed=0)
 
 

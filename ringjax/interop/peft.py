@@ -74,7 +74,11 @@ class Adapter:
     def read(cls, folder: str | Path) -> "Adapter":
         """Raises FileNotFoundError where files are missing, ValueError for damaged ones, NotImplementedError for an
         adapter that does more than LoRA here."""
-        folder = samples.FOLDER / "smollm2_128k" if str(folder) == SAMPLE else Path(folder)
+        if str(folder).startswith("sample:"):
+            if str(folder) != SAMPLE:
+                raise ValueError(f"no adapter {folder}; {SAMPLE} is the one that comes with the package")
+            folder = samples.path(f"smollm2_128k/{CONFIG}").parent
+        folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is no LoRA adapter in PEFT's form: it has no {name}")

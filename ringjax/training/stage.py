@@ -11,6 +11,7 @@ from ringjax.training.load import to_plain
 from ringjax.training.mesh import is_simulated
 from ringjax.training.stops import BadLoss, LossGuard, Preempted, StopSignals, save_bad_batch
 from ringjax.training.task import DataEnded, Fed, Feeds, Task, Trains, count_parameters
+from ringjax.training.waits import Waits
 
 if TYPE_CHECKING:
     from ringjax.training.loop import Run
@@ -38,6 +39,7 @@ class StageLoop:
         self.pending: list[Pending] = []
         self.newest: Fed | None = None
         self.clock: float | None = None
+        self.waits = Waits()
         self.skipped: dict[str, int] = {}
         # Metrics are read one step late, so that the host prepares a step while the devices do the one before.
         # Simulated devices get no such lead: with few cores, programs that overlap wait for each other's threads.
@@ -55,12 +57,14 @@ class StageLoop:
         if owed:
             self.evaluate(done)
         for step in range(done + 1, self.end + 1):
-            fed = self._next(step)
+            with self.waits.on("data"):
+                fed = self._next(step)
             self.owner.state, metrics = self.trainer.step(self.owner.state, self.feed.place(fed.rows))
             self.pending.append(Pending(step, fed, metrics))
             self.newest = fed
             if step < self.end:
-                self.feed.prepare()
+                with self.waits.on("data"):
+                    self.feed.prepare()
             self.report(keep=self.lag)
             self.owner.store.poll()
             signal = signals.received(step)
@@ -95,19 +99,23 @@ class StageLoop:
             self.report_one(self.pending.pop(0))
 
     def report_one(self, pending: Pending) -> None:
-        metrics = self.task.readable({k: float(value) for k, value in jax.device_get(pending.metrics).items()})
+        with self.waits.on("devices"):
+            metrics = self.task.readable({k: float(value) for k, value in jax.device_get(pending.metrics).items()})
         now = time.monotonic()
         seconds, self.clock = None if self.clock is None else now - self.clock, now
         if problem := self.guard.problem(metrics["loss"], metrics["grad_norm"]):
             path = save_bad_batch(self.owner.folder, pending.step, pending.fed.rows, pending.fed.loader_state)
             raise BadLoss(f"step {pending.step}: {problem}; stopped, nothing saved since, the batch is in {path}")
         record = {"step": pending.step, "stage": self.stage.name, "stage_step": pending.step - self.start, **metrics}
+        waited = self.waits.step(seconds)
         if seconds:
-            record |= {"seconds": seconds, **self.task.speed(self.parameters, seconds, pending.fed.rows)}
+            record |= {"seconds": seconds, **waited, **self.task.speed(self.parameters, seconds, pending.fed.rows)}
         record["time"] = time.time()
         if self.owner.writer is not None:
             self.owner.writer.write(record)
         self.owner.display.step(record)
+        if complaint := self.waits.complaint():
+            self.owner.display.say(f"step {pending.step}: {complaint}")
 
     def save(self, step: int, fed: Fed, owed: bool = False) -> None:
         """Start a checkpoint of the state after `step`; `owed`: the evaluation of that step is still to be made."""

@@ -33,7 +33,7 @@ def test_steps_are_measured_and_profiled(capsys, config, tmp_path):
     assert "attention backend 'xla'" in out and "not known for this device" in out
     result = json.loads((tmp_path / "results" / "results.json").read_text())["result"]
     assert len(result["seconds"]) == 3 and result["min"] <= result["median"] <= result["max"]
-    assert result["tokens_per_second"] == pytest.approx(2 * 128 / result["median"])
+    assert result["tokens_per_second"] == pytest.approx(result["used"] * 2 * 128 / result["median"])
     assert result["parameters"] > 0 and result["mfu"] is None and result["memory"]["temporary"] > 0
     assert 0 < result["losses"][1] < result["losses"][0] + 1
     profile = result["profile"]

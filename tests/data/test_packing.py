@@ -162,6 +162,19 @@ def test_more_open_rows_waste_less():
     assert rows[3] < 1.1 * least
 
 
+def test_rows_without_pieces_are_padding():
+    """And an example that sees ahead may lie beside one that does not."""
+    picture = Example(np.array([1, 2, 9, 1], np.int32), np.array([0, 1, 1, 0], bool), np.zeros(4, bool))
+    seen = see_whole_frames(picture, 9)
+    batch = assemble([[], [*cut(unique_example(0, 3), 8, vision_codes=9), *cut(seen, 8, vision_codes=9)]], 3, 8)
+    assert batch["behind"][1].tolist() == [0, 1, 0, 1, 2, -1, -1, -1]
+    assert batch["ahead"][1].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    empty = empty_batch(3, 8)
+    for name, array in batch.items():
+        np.testing.assert_array_equal(array[[0, 2]], empty[name][[0, 2]])
+        np.testing.assert_array_equal(assemble([], 3, 8)[name], empty[name])
+
+
 def test_overfull_rows_are_refused():
     pieces = cut(unique_example(0, 5), 4, vision_codes=9)
     with pytest.raises(ValueError, match="row 0 holds more than seq_len 4"):

@@ -180,12 +180,13 @@ def test_other_tokenizers_are_refused(folder):
         source(folder)
 
 
-def test_tokens_beyond_their_table_are_refused(tmp_path):
-    tokens = np.array([1, 300, 2], np.int32)
+@pytest.mark.parametrize("token", [300, -1])
+def test_tokens_beyond_their_table_are_refused(tmp_path, token):
+    tokens = np.array([1, token, 2], np.int32)
     shard = write_shard(tmp_path / "a", [encode_record(Example(tokens, np.zeros(3, bool), np.ones(3, bool)))])
     meta = {"format": FORMAT, "tokenizer_fingerprint": "bytes", "shards": [dataclasses.asdict(shard)]}
     (tmp_path / META).write_text(json.dumps(meta))
-    with pytest.raises(DataError, match="record 0: token 1 has id 300, beyond its table of 259"):
+    with pytest.raises(DataError, match=f"record 0: token 1 has id {token}, beyond its table of 259"):
         source(tmp_path).read(0)
 
 

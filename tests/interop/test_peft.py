@@ -79,6 +79,8 @@ def test_the_package_has_one_for_smollm2():
     assert sum(file.stat().st_size for file in adapter.path.iterdir()) < 10_000_000
     with pytest.raises(ValueError, match="does not fit"):
         adapter.params(dataclasses.replace(SIZES["smollm2-135m"], layers=29))
+    with pytest.raises(ValueError, match="no adapter sample:any-to-any; sample:smollm2-128k is"):
+        Adapter.read("sample:any-to-any")
 
 
 def test_what_is_written_is_what_was_read(folder, tmp_path):

@@ -164,17 +164,25 @@ def test_the_table(tmp_path):
     ]  # fmt: skip
     assert "| full, after 32k | – | 95% |" in summary.needles(tmp_path, "digits")
     assert "| full, after 32k | " + " | ".join(["3.000"] * 8) in summary.perplexity(tmp_path)
-    assert "| full, 32k | 3 | 4 | 100 | 25.0 % |" in summary.trained(tmp_path)
+    assert "| full, 32k | 3 | 4 | 100 | 25.0 % | 1.000 → 1.000 |" in summary.trained(tmp_path)
     assert summary.needles(tmp_path, "multi") == ""
 
 
-def test_pictures_of_all_models_beside_each_other(tmp_path):
+def test_pictures_of_all_models_beside_each_other(tmp_path, monkeypatch):
     records = [{"method": "ntk", "length": length, "depth": depth, "part": "needle", "score": 1.0} for length in (8, 32)
                for depth in (0.0, 50.0)]  # fmt: skip
     for name in ("before/digits", "full/128k_digits"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "summary.json").write_text("{}")
-        lines = [{"format": 1}, *records]
-        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    drawn = script("extend_summary").pictures(tmp_path)
-    assert drawn == [tmp_path / "digits.png"] and drawn[0].stat().st_size > 10_000
+        lines = [{"format": 1}, *({**record, "text": "a\u2028b"} for record in records)]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (tmp_path / name / "results.jsonl").write_text(text + '{"method": "n', "utf-8")  # and one is being written
+    (tmp_path / "full" / "32k_digits").mkdir()  # not begun
+    (tmp_path / "full" / "32k_digits" / "summary.json").write_text("{}")
+    summary, drawn = script("extend_summary"), []
+    draw = summary.draw_heat_map
+    monkeypatch.setattr(summary, "draw_heat_map", lambda *given: drawn.append(given[1]) or draw(*given))
+    assert summary.pictures(tmp_path) == [tmp_path / "digits.png"]
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+    (found,) = drawn
+    assert [record["method"] for record in found] == ["untrained, ntk"] * 4 + ["full, after 128k"] * 4

@@ -147,9 +147,9 @@ def test_the_adapter_alone_gives_the_same_model(run, folder, tmp_path):
     assert "a LoRA adapter for a/name" in run_convert(named)
     about = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("named", "long")]
     assert [fields["base_model_name_or_path"] for fields in about] == ["a/name", str(folder)]
-    for wrong in (dict(source=str(folder), adapter=True), dict(source=str(run), base="a/name")):
-        with pytest.raises(ValueError, match="says nothing about"):
-            run_convert(ConvertConfig(target=str(tmp_path / "x"), **wrong))
+    for wrong, what in ((dict(source=str(folder), adapter=True), "adapter True"), (dict(base="a/name"), "base a/name")):
+        with pytest.raises(ValueError, match=f"{what} says nothing about"):
+            run_convert(ConvertConfig(**{"source": str(run), "target": str(tmp_path / "x"), **wrong}))
     full = run_convert(ConvertConfig(str(run), str(tmp_path / "merged"), dtype="float32"))
     assert "a Hugging Face folder" in full
     merged = open_published(tmp_path / "merged")
