@@ -44,7 +44,7 @@ def config(data, tmp_path):
 
 
 def records(folder, key="loss"):
-    skip = ("time", "seconds", "pictures_per_second")
+    skip = ("time", "seconds", "data_seconds", "pictures_per_second")
     found = read_metrics(folder / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in skip} for record in found if key in record]
 
