@@ -67,7 +67,7 @@ def see_whole_frames(example: Example, vision_codes: int) -> Example:
     Frames that bear loss stay causal: a token that sees its own target learns to copy it.
     """
     ahead = np.zeros(len(example), np.int32)
-    if np.count_nonzero(example.modality & ~example.loss):  # some tokens bear no loss
+    if np.count_nonzero(example.modality & ~example.loss):  # else every frame bears loss
         for start, stop in frame_spans(example, vision_codes).tolist():
             if not np.count_nonzero(example.loss[start:stop]):
                 ahead[start:stop] = np.arange(stop - start - 1, -1, -1)

@@ -63,6 +63,8 @@ class ConvertConfig:
     def __post_init__(self):
         if not self.shard_gib > 0:
             raise ValueError(f"shard_gib {self.shard_gib} must be above 0")
+        if self.base is not None and not self.base.strip():
+            raise ValueError(f"base {self.base!r} names no model; give a name such as org/model, or leave it out")
         for name in ("heads", "context"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
@@ -156,7 +158,7 @@ def _write_adapter(config: ConvertConfig, target: Path) -> str:
     found = Checkpoint.find(config.source, config.stage)
     if found.lora is None:
         raise ValueError(f"{config.source} trained the whole model and has no adapters; leave --adapter out")
-    model, base = found.adapted(), config.base or found.info["base"]["path"]
+    model, base = found.adapted(), found.info["base"]["path"] if config.base is None else config.base
     save_adapter(
         model, found.lora, target, base=base, context=config.context or found.stage.training.seq_len,
         base_config=found.base_config, dtype=config.dtype,

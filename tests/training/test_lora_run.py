@@ -147,6 +147,8 @@ def test_the_adapter_alone_gives_the_same_model(run, folder, tmp_path):
     assert "a LoRA adapter for a/name" in run_convert(named)
     about = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("named", "long")]
     assert [fields["base_model_name_or_path"] for fields in about] == ["a/name", str(folder)]
+    with pytest.raises(ValueError, match="base '' names no model; give a name"):
+        ConvertConfig(str(run), str(tmp_path / "x"), adapter=True, base="")
     for wrong, what in ((dict(source=str(folder), adapter=True), "adapter True"), (dict(base="a/name"), "base a/name")):
         with pytest.raises(ValueError, match=f"{what} says nothing about"):
             run_convert(ConvertConfig(**{"source": str(run), "target": str(tmp_path / "x"), **wrong}))

@@ -64,11 +64,14 @@ def test_a_run_whose_batches_are_slow_says_so(tmp_path, monkeypatch, capsys):
         prepare(feed)
 
     monkeypatch.setattr(Feed, "prepare", slow)
-    monkeypatch.setattr(waits, "_STEPS", 4)
-    monkeypatch.setattr(waits, "_DEVICES", 0.5)  # two cores are slow devices
+    seen, step = [], Waits.step
+    monkeypatch.setattr(Waits, "step", lambda found, seconds: seen.append(dict(found._now)) or step(found, seconds))
+    for name, value in (("_STEPS", 4), ("_DATA", 0.01), ("_DEVICES", 1.0)):  # busy cores are slow devices
+        monkeypatch.setattr(waits, name, value)
     overrides = [("run_dir", str(tmp_path)), ("training.steps", "8"), ("logging.progress", "plain")]
     train(parse_config(CONFIG, overrides=overrides))
     assert capsys.readouterr().out.count("the devices wait for data") == 1
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(0.25 < record["data_seconds"] < record["seconds"] for record in records[1:-1] if "seconds" in record)
     assert "data_seconds" not in records[0]
+    assert len(seen) == 8 and all(waited["devices"] > 0 for waited in seen)
