@@ -127,5 +127,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
     parts = [trained(folder), *(needles(folder, task) for task in TITLES), perplexity(folder)]
+    if not any(parts):
+        sys.exit(f"{folder} holds no runs and no evaluations; give the OUTPUT of scripts/extend_context.sh")
     print("\n\n".join(part for part in parts if part))
     pictures(folder)

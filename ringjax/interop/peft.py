@@ -81,7 +81,9 @@ class Adapter:
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is no LoRA adapter in PEFT's form: it has no {name}")
+                raise FileNotFoundError(
+                    f"{folder} is no LoRA adapter in PEFT's form: it has no {name}; give a folder that has, or {SAMPLE}"
+                )
         fields, where = read_json(folder / CONFIG), folder / CONFIG
         _refuse(fields, where)
         rank, alpha = fields.get("r"), fields.get("lora_alpha")

@@ -227,4 +227,3 @@ def test_frozen_weights_have_no_gradient_in_the_program(folder):
     assert trained == {"h.attention.wq.low_rank.a", "h.attention.wq.low_rank.b"}
     moments = [x for x in jax.tree.leaves(trainer.abstract.optimizer) if x.ndim]
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in jax.tree.leaves(trainer.abstract.params))
-
